@@ -1,0 +1,17 @@
+"""Agents: one algorithm, one file. CONTRIBUTING.md says how to add one."""
+
+if __name__ != "clbench.agents":
+    raise ImportError("import clbench.agents, not agents: this top-level folder is part of the clbench package")
+
+# name -> ("module:Class", summary)
+TABLE: dict[str, tuple[str, str]] = {
+    "random": ("clbench.agents.random:RandomAgent", "uniform random actions; the floor of every comparison"),
+    "bc": ("clbench.agents.bc:BC", "(goal-conditioned) behaviour cloning; on Classify tasks the plain classifier"),
+    "sb3-ppo": ("clbench.agents.sb3:SB3PPO", "Stable-Baselines3 PPO, online"),
+    "sb3-dqn": ("clbench.agents.sb3:SB3DQN", "Stable-Baselines3 DQN, online, with HER for goal observations"),
+    "sb3-sac": ("clbench.agents.sb3:SB3SAC", "Stable-Baselines3 SAC, online, with HER for goal observations"),
+    "sb3-td3": ("clbench.agents.sb3:SB3TD3", "Stable-Baselines3 TD3, online, with HER for goal observations"),
+}
+
+# continual methods that compose with any agent (EWC, replay, ...)
+METHODS: dict[str, tuple[str, str]] = {}

@@ -1,0 +1,42 @@
+"""Streams: pure schedules (which task now) over tables of tasks (what a task is)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clbench.streams.core import Suite, make_stream
+
+# name -> ("module:function", summary); a function returns a Suite (tasks and default budgets) or a whole Stream
+TABLE: dict[str, tuple[str, str]] = {
+    "two-rooms-doors": ("clbench.streams.two_rooms:two_rooms_doors", "Two-Rooms with 5 wall and door positions"),
+    "digits-permuted": ("clbench.streams.digits:digits_permuted", "digits under fixed pixel permutations, 10 tasks"),
+    "digits-split": ("clbench.streams.digits:digits_split", "digits, two classes at a time, 5 tasks"),
+    "digits-rotated": ("clbench.streams.digits:digits_rotated", "digits rotated by fixed angles, 5 tasks"),
+    "minigrid-5": ("clbench.streams.minigrid:minigrid_5", "five MiniGrid rooms that share the action space"),
+}
+
+# name -> ("module:function", summary); see clbench.streams.schedules
+SCHEDULES: dict[str, tuple[str, str]] = {
+    name: (f"clbench.streams.schedules:{name.replace('-', '_')}", summary)
+    for name, summary in {
+        "sequential": "each task once, in order",
+        "cyclic": "the sequence several times over",
+        "shuffled": "each task once per cycle, in random order",
+        "uniform": "a task drawn uniformly for each phase",
+        "markov": "stay with a probability, else move to another task",
+        "blurred": "neighbouring tasks alternate around each boundary",
+        "power-law": "a task's probability falls as a power law of the time since it was last seen",
+    }.items()
+}
+
+_LAZY = ("Suite", "make_stream")
+__all__ = ["SCHEDULES", "TABLE", "Suite", "make_stream"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from clbench.streams import core
+
+        return getattr(core, name)
+    raise AttributeError(f"module 'clbench.streams' has no attribute {name!r}")

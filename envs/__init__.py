@@ -1,0 +1,35 @@
+"""Environments: Gymnasium classes, tensor-native and batched where we own them.
+
+Importing this package registers ``clbench/NAME-v0`` with Gymnasium (string entry points, nothing heavy is loaded). Any
+other Gymnasium id works through :func:`clbench.make_env` too.
+"""
+
+if __name__ != "clbench.envs":
+    raise ImportError("import clbench.envs, not envs: this top-level folder is part of the clbench package")
+
+import gymnasium
+
+# id -> (batched class, summary)
+TABLE: dict[str, tuple[str, str]] = {
+    "clbench/TwoRooms-v0": (
+        "clbench.envs.two_rooms:TwoRoomsVectorEnv",
+        "point agent, two rooms joined by a door; state or 2x65x65 pixels (PLDM)",
+    ),
+    "clbench/Classify-v0": (
+        "clbench.envs.classify:ClassifyVectorEnv",
+        "any labelled data set as one-step episodes; digits ship with it",
+    ),
+}
+
+gymnasium.register(
+    id="clbench/TwoRooms-v0",
+    entry_point="clbench.envs.two_rooms:TwoRoomsEnv",
+    vector_entry_point="clbench.envs.two_rooms:TwoRoomsVectorEnv",
+    max_episode_steps=200,
+)
+gymnasium.register(
+    id="clbench/Classify-v0",
+    entry_point="clbench.envs.classify:ClassifyEnv",
+    vector_entry_point="clbench.envs.classify:ClassifyVectorEnv",
+    max_episode_steps=1,
+)
