@@ -1,0 +1,356 @@
+"""What a run leaves on disk: the run directory, written so that nothing is ever lost or half-written.
+
+Whole files (config, results, checkpoint) are written to a temporary file, synced and renamed. The two logs only grow; a
+checkpoint knows how many rows belong to it, and resuming cuts the logs back to that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clbench.errors import ClbenchError, ConfigError, DataError
+
+EVAL_HEADER = ("phase", "visit", "step", "task", "episode", "score", "return", "length")
+CHECKPOINT_FORMAT = 1
+
+
+# -- atomic files --------------------------------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a whole file atomically: the old content or the new one is there after any crash.
+
+    Raises:
+        ClbenchError: the folder cannot be written, or the disk is full; the old file is untouched.
+    """
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise unwritable(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, atomically; NaN and infinities are refused."""
+    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: missing or corrupt.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot read {path}: {error}. Delete the run directory and start the run again.") from error
+
+
+def unwritable(path: Path, error: OSError) -> ClbenchError:
+    """The error for a path that cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ClbenchError(
+            f"The disk is full: could not write {path}. Free some space and give the same command again; the run goes on "
+            "from its last checkpoint."
+        )
+    return ConfigError(f"Cannot write {path}: {error.strerror or error}. Choose another folder with --out.")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- hashes --------------------------------------------------------------------------------------------------------------
+
+
+def content_hash(value: Any) -> str:
+    """A short hash of plain values, equal for equal content."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def flatten_state(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of a nested state of dicts and sequences, leaves being tensors and plain values."""
+    if isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from flatten_state(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(state, list | tuple):
+        for i, value in enumerate(state):
+            yield from flatten_state(value, f"{prefix}[{i}]")
+    else:
+        yield prefix, state
+
+
+def state_digest(state: Any) -> dict[str, str]:
+    """A hash per leaf of a state, to find out what changed."""
+    import torch
+
+    digests = {}
+    for path, leaf in flatten_state(state):
+        if isinstance(leaf, torch.Tensor):
+            raw = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            digests[path] = hashlib.sha256(f"{leaf.dtype}{tuple(leaf.shape)}".encode() + raw).hexdigest()
+        else:
+            digests[path] = repr(leaf)
+    return digests
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all tensors in a state."""
+    import torch
+
+    return sum(v.numel() * v.element_size() for _, v in flatten_state(state) if isinstance(v, torch.Tensor))
+
+
+# -- where a run was made ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """Versions, git commit and hardware, for every result file."""
+    import gymnasium
+    import numpy
+    import torch
+
+    import clbench
+
+    def git(*arguments: str) -> str | None:
+        try:
+            folder = Path(clbench.__file__).resolve().parent
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+            return done.stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "clbench": clbench.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "gymnasium": gymnasium.__version__,
+        "git": git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process (and of the GPU, added, where one is used)."""
+    import resource
+
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+# -- the run directory ---------------------------------------------------------------------------------------------------
+
+
+class GrowingCsv:
+    """A CSV log that only grows and can be cut back to a number of rows."""
+
+    def __init__(self, path: Path, header: Sequence[str]):
+        self.path, self.header, self.rows = path, list(header), 0
+        self._file: Any = None
+
+    def restart(self, rows: int = 0, header: Sequence[str] | None = None) -> None:
+        """Keep the first ``rows`` rows and the given columns, drop the rest."""
+        self.close()
+        if header is not None:
+            self.header = list(header)
+        kept: list[list[str]] = []
+        if rows:
+            try:
+                with self.path.open(newline="") as file:
+                    reader = csv.DictReader(file)
+                    kept = [[row.get(h) or "" for h in self.header] for row, _ in zip(reader, range(rows), strict=False)]
+            except OSError as error:
+                raise DataError(f"Cannot read {self.path}: {error.strerror}. Start the run again with --overwrite.") from error
+            if len(kept) < rows:
+                raise DataError(
+                    f"{self.path} holds {len(kept)} rows but its checkpoint knows {rows}; the file was cut. Start the run "
+                    "again with --overwrite."
+                )
+        self.rows = len(kept)
+        self._write_all(kept)
+
+    def _write_all(self, rows: list[list[str]]) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.header)
+        writer.writerows(rows)
+        write_bytes(self.path, text.getvalue().encode())
+
+    def append(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Add rows; they are flushed to the operating system before this returns."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        try:
+            if self._file is None:
+                self._file = self.path.open("a", newline="")
+            self._file.write(text.getvalue())
+            self._file.flush()
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        self.rows += len(rows)
+
+    def append_mapping(self, row: Mapping[str, Any]) -> None:
+        """Add one row by column name; new columns are added to the file (older rows stay empty there)."""
+        new = [k for k in row if k not in self.header]
+        if new:
+            self.close()
+            with self.path.open(newline="") as file:
+                old = list(csv.reader(file))[1:]
+            self.header += new
+            self._write_all([r + [""] * len(new) for r in old])
+        self.append([[row.get(h, "") for h in self.header]])
+
+    def sync(self) -> None:
+        """Force what was appended to the disk."""
+        if self._file is not None:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise unwritable(self.path, error) from error
+
+    def close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+
+class RunDirectory:
+    """The files of one run; see docs/run_directory.md."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config, self.results, self.timing = path / "config.json", path / "results.json", path / "timing.json"
+        self.stream, self.checkpoint = path / "stream.json", path / "checkpoint.pt"
+        self.eval = GrowingCsv(path / "eval.csv", EVAL_HEADER)
+        self.train = GrowingCsv(path / "train.csv", ("step", "phase"))
+        self._lock: Any = None
+
+    def open(self) -> None:
+        """Create the folder and lock it for this process.
+
+        Raises:
+            ConfigError: the folder cannot be written, or another process works in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            self._lock = None
+            raise ConfigError(f"Another process is writing to {self.path}; wait for it or choose another --out.") from error
+        for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self.eval.close()
+        self.train.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def clear(self) -> None:
+        """Delete the files of an earlier run (only those this class writes)."""
+        for file in (self.config, self.results, self.timing, self.stream, self.checkpoint, self.eval.path, self.train.path,
+                     self.path / "rollout.png", self.path / "report.html"):
+            file.unlink(missing_ok=True)
+        for file in self.path.glob("events.out.tfevents.*"):
+            file.unlink()
+
+    def status(self) -> str | None:
+        """``"complete"``, ``"interrupted"``, or ``None`` for a folder without a run."""
+        if not self.config.exists():
+            return None
+        if self.results.exists():
+            return str(read_json(self.results).get("status"))
+        return "interrupted"
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint atomically. Tensors and plain values only (it is read back with ``weights_only=True``)."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
+    write_bytes(path, buffer.getbuffer())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint and verify it.
+
+    Raises:
+        DataError: truncated, corrupt, of another format, or with objects that are not data.
+    """
+    import pickle
+
+    import torch
+
+    advice = "Start the run again with --overwrite."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()  # CRC of every record
+        if bad is not None:
+            raise DataError(f"Checkpoint {path} is corrupt (record {bad}). {advice}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
+        raise DataError(f"Checkpoint {path} is corrupt or truncated ({type(error).__name__}: {error}). {advice}") from error
+    except pickle.UnpicklingError as error:
+        raise DataError(f"Checkpoint {path} holds objects that are not plain data and was not read. {advice}") from error
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"Checkpoint {path} has format {found!r}, this version reads {CHECKPOINT_FORMAT}. {advice}")
+    return content
