@@ -1,0 +1,201 @@
+"""Behaviour cloning: maximise the likelihood of the actions in the data.
+
+On observations with a ``desired_goal`` this is goal-conditioned behaviour cloning (GCBC: Lynch et al. 2019; Ghosh et
+al. 2021, "Learning to Reach Goals via Iterated Supervised Learning"), with goals drawn from the later states of the
+same episode. On Classify tasks (one-step episodes, action = class) it is the plain classifier.
+
+The task id, where a stream reveals it, is ignored: in joint data and in ``act`` alike.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Dict, Discrete
+from torch import Tensor, nn
+
+from clbench.agents.networks.encoders import Encoder, Scale
+from clbench.agents.networks.mlp import MLP, count_parameters
+from clbench.contracts import Agent, Experience, Spaces, TaskInfo
+from clbench.data.dataset import Batch, GoalSampling, OfflineDataset
+from clbench.errors import ConfigError, ContractError, DataError
+
+
+class Policy(nn.Module):
+    """Observation -> logits (B, n) of discrete actions, or the mean (B, A), scaled to [-1, 1], of continuous ones."""
+
+    def __init__(self, spaces: Spaces, hidden: tuple[int, ...], *, rng: torch.Generator):
+        super().__init__()
+        action = spaces.action
+        outputs = int(action.n) if isinstance(action, Discrete) else int(np.prod(action.shape or ()))
+        self.encoder = Encoder(spaces.observation, rng=rng)
+        self.head = MLP((self.encoder.size, *hidden, outputs), rng=rng, final_gain=0.1)
+
+    def forward(self, obs: Any) -> Tensor:
+        return self.head(self.encoder(obs))
+
+
+class BC(Agent):
+    """(Goal-conditioned) behaviour cloning from an offline data set.
+
+    Raises:
+        ConfigError: the action space is neither Box nor Discrete, or an option is out of range.
+    """
+
+    requires = frozenset({"dataset"})
+
+    @dataclass
+    class Config:
+        """Options.
+
+        Args:
+            hidden: sizes of the hidden layers.
+            lr: learning rate of Adam.
+            batch_size: transitions per update.
+            reset_optimizer: start every task with fresh moments of Adam, as is usual in continual learning.
+            explore_std: standard deviation of continuous actions when exploring; 1 is half the range of the space. It
+                scales the loss only, so the loss leaves it out.
+            goals: how goals are drawn; by default uniformly from the later states of the episode.
+            log_every: updates between two reports of the loss.
+        """
+
+        hidden: tuple[int, ...] = (256, 256)
+        lr: float = 1e-3
+        batch_size: int = 64
+        reset_optimizer: bool = True
+        explore_std: float = 1.0
+        goals: GoalSampling = field(default_factory=GoalSampling)
+        log_every: int = 50
+
+        def __post_init__(self) -> None:
+            for name in ("lr", "batch_size", "log_every"):
+                if getattr(self, name) <= 0:
+                    raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
+            if any(width < 1 for width in self.hidden):
+                raise ConfigError(f"hidden must hold positive layer sizes, got {self.hidden}.")
+            if self.explore_std < 0:
+                raise ConfigError(f"explore_std must be at least 0, got {self.explore_std}.")
+
+    def __init__(self, spaces: Spaces, config: Config, *, device: torch.device, rng: torch.Generator):
+        super().__init__(spaces, config, device=device, rng=rng)
+        if not isinstance(spaces.action, Box | Discrete):
+            raise ConfigError(f"Agent 'bc' needs Box or Discrete actions, but the action space is {spaces.action}.")
+        self.config: BC.Config = config
+        self.discrete = isinstance(spaces.action, Discrete)
+        self.goal_conditioned = isinstance(spaces.observation, Dict) and "desired_goal" in spaces.observation.spaces
+        self.scale = Scale(spaces.action).to(device) if isinstance(spaces.action, Box) else None
+        self.policy = Policy(spaces, config.hidden, rng=rng).to(device)
+        self.optimizer = self._new_optimizer()
+        self.updates = 0
+        self.samples = 0
+
+    # -- loss ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def trainables(self) -> list[nn.Parameter]:
+        """The parameters that ``loss`` trains."""
+        return list(self.policy.parameters())
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean of ``-log pi(a | s, g)`` over the batch, up to a constant: cross-entropy of discrete actions, or
+        ``0.5 |a - mu|^2`` of continuous ones in units of half the range of the action space."""
+        output = self.policy(batch.observations)
+        if self.scale is None:
+            target = batch.actions.to(torch.int64) - self._start
+            loss = nn.functional.cross_entropy(output, target)
+            return loss, {"loss": loss.detach(), "accuracy": (output.argmax(1) == target).to(torch.float32).mean()}
+        error = self.scale(batch.actions) - output
+        loss = 0.5 * error.square().sum(1).mean()
+        return loss, {"loss": loss.detach(), "action_error": error.detach().abs().mean()}
+
+    # -- learning -----------------------------------------------------------------------------------------------------
+
+    def start_task(self, task: TaskInfo) -> None:
+        if self.config.reset_optimizer:
+            self.optimizer = self._new_optimizer()
+
+    def learn(self, experience: Experience, budget: int, *, rng: torch.Generator) -> Iterator[Mapping[str, float]]:
+        """``budget`` gradient updates on batches drawn with ``rng``."""
+        data = experience.dataset
+        if data is None:
+            raise ContractError("Agent 'bc' learns from a data set, but the experience of this phase has none.")
+        goals = self._goal_sampling(data)
+        for step in range(1, budget + 1):
+            info = self.update(data.sample(self.config.batch_size, rng, goals))
+            report = self.updates % self.config.log_every == 0 or step == budget
+            yield {"step": step, **({k: v.item() for k, v in info.items()} if report else {})}
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of Adam on ``loss``."""
+        loss, info = self.loss(batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.updates += 1
+        self.samples += len(batch.index)
+        return info
+
+    def _new_optimizer(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self.policy.parameters(), lr=self.config.lr, fused=True)
+
+    def _goal_sampling(self, data: OfflineDataset) -> GoalSampling | None:
+        """``None`` where the policy takes no goal, or the data set brings the goals that were pursued."""
+        if not self.goal_conditioned or (not data.is_goal and "desired_goal" in data.observations):
+            return None
+        if not data.is_goal:
+            raise DataError(
+                f"Agent 'bc' is goal-conditioned here, but data set {data.name!r} has neither achieved_goal nor "
+                "desired_goal; give its observations one of these keys."
+            )
+        return self.config.goals
+
+    # -- acting -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def act(self, obs: Any, memory: Any, first: Tensor, *, rng: torch.Generator, task: Tensor | None = None,
+            explore: bool = False) -> tuple[Tensor, Any]:  # fmt: skip
+        """The most likely action, or with ``explore`` one drawn from the policy."""
+        output = self.policy(obs)
+        if self.scale is None:
+            actions = self._sample_class(output, rng) if explore else output.argmax(1)
+            return actions + self._start, memory
+        if explore:
+            noise = torch.randn(output.shape, generator=rng, device=rng.device).to(output.device)
+            output = output + self.config.explore_std * noise
+        space = self.spaces.action
+        assert isinstance(space, Box)
+        low, high = (torch.as_tensor(np.asarray(b, np.float32), device=self.device) for b in (space.low, space.high))
+        return self.scale.inverse(output).reshape(-1, *space.shape).clamp(low, high), memory
+
+    def _sample_class(self, logits: Tensor, rng: torch.Generator) -> Tensor:
+        probabilities = torch.softmax(logits, 1).to(rng.device)
+        return torch.multinomial(probabilities, 1, generator=rng)[:, 0].to(logits.device)
+
+    @property
+    def _start(self) -> int:
+        return int(self.spaces.action.start) if isinstance(self.spaces.action, Discrete) else 0
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        live = {"policy": dict(self.policy.state_dict()), "optimizer": self.optimizer.state_dict()}
+        return {**copy.deepcopy(live), "updates": self.updates, "samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer = self._new_optimizer()
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.updates, self.samples = int(state["updates"]), int(state["samples"])
+
+    def costs(self) -> dict[str, int]:
+        """Gradient updates and training samples processed so far."""
+        return {"updates": self.updates, "samples": self.samples}
+
+    @property
+    def num_parameters(self) -> int:
+        return count_parameters(self.policy)
