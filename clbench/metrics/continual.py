@@ -2,9 +2,9 @@
 
 Notation (the same in docs/metrics.md). There are ``P`` phases and ``T`` tasks; ``p_j(t)`` is the mean evaluation score
 of task ``j`` at step ``t``. ``R[i, j]`` is ``p_j`` at the end of phase ``i``, and ``R[0, j]`` before any training.
-``a_j`` is the first phase that trains task ``j`` (its first visit) and ``l_j`` the last one. ``V`` is the set of visited
-tasks; ``E`` (exposed) those with ``l_j < P``: something else was trained after them. If every task is visited once, in
-order, then ``P = T``, ``a_j = l_j = j``, ``E = {1..T-1}``, and each formula is the one of the cited paper.
+``a_j`` is the first phase that trains task ``j`` (its first visit) and ``l_j`` the last one. ``V`` is the set of
+visited tasks; ``E`` (exposed) those with ``l_j < P``: something else was trained after them. If every task is visited
+once, in order, then ``P = T``, ``a_j = l_j = j``, ``E = {1..T-1}``, and each formula is the one of the cited paper.
 
 Conventions, without exception:
 
@@ -30,7 +30,7 @@ AUC_HEADROOM = 0.05
 
 @dataclass(frozen=True)
 class Visits:
-    """When each task was trained: ``first`` and ``last`` (T,) int64 are phase numbers (1-based, 0 = never), of ``count``."""
+    """When each task was trained: ``first`` and ``last`` (T,) int64 count phases from 1, 0 = never."""
 
     first: np.ndarray
     last: np.ndarray
@@ -204,8 +204,8 @@ def forward_transfer(
     """``FT_j = (AUC_j - AUC_j^ref) / max(1 - AUC_j^ref, 0.05)``: learning speed against a fresh learner.
 
     ``AUC_j = (1/D) int_0^D p_j(start_j + t) dt`` over the first visit of ``j``, ``D`` its budget, by the trapezoidal
-    rule on the evaluations from the start of the phase to its end; ``AUC_j^ref`` likewise in the reference run (protocol
-    ``independent``, same seed). Wolczyk et al. 2021 (Continual World); the floor of the denominator is ours.
+    rule on the evaluations from the start of the phase to its end; ``AUC_j^ref`` likewise in the reference run
+    (protocol ``independent``, same seed). Wolczyk et al. 2021 (Continual World); the floor of the denominator is ours.
 
     Raises:
         DataError: no reference, or evaluations are missing on either side.

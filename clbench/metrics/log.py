@@ -27,8 +27,8 @@ HEADER = ("phase", "visit", "step", "task", "episode", "score", "return", "lengt
 class Evaluation:
     """One task evaluated once.
 
-    ``mean`` and ``standard_error`` (of the mean over episodes, ``s / sqrt(n)``) are NaN if the evaluation is incomplete;
-    ``standard_error`` is NaN for a single episode too.
+    ``mean`` and ``standard_error`` (of the mean over episodes, ``s / sqrt(n)``) are NaN if the evaluation is
+    incomplete; ``standard_error`` is NaN for a single episode too.
     """
 
     phase: int
@@ -188,8 +188,8 @@ def score_table(log: EvalLog, tasks: Sequence[str]) -> Table:
     unknown = sorted(set(log.tasks) - set(tasks))
     if unknown:
         raise DataError(
-            f"{log.source}: evaluated task {unknown[0]!r} is not a task of the stream ({', '.join(tasks)}); the log and "
-            "the configuration do not belong together."
+            f"{log.source}: evaluated task {unknown[0]!r} is not a task of the stream ({', '.join(tasks)}); "
+            "the log and the configuration do not belong together."
         )
     column = {name: j for j, name in enumerate(tasks)}
     times = sorted({(e.phase, e.step) for e in log.evaluations})
@@ -221,16 +221,15 @@ def finished_phases(log: EvalLog, phases: Sequence[Phase]) -> int:
     """How many phases, from the first, have been trained and evaluated to their end.
 
     A phase is finished if a later one has rows, or if its last evaluation is at least its budget after its start. Its
-    start is where the phase before it ended, so learners that round a budget up to whole rollouts are counted correctly.
+    start is where the phase before it ended, so learners that round a budget up to whole rollouts are counted right.
     """
     start = 0
     last = int(log.phase.max()) if len(log) else 0
     for i, phase in enumerate(phases, start=1):
         steps = log.step[log.phase == i]
-        end = int(steps.max()) if len(steps) else start
-        if last <= i and end - start < phase.budget:
+        if last <= i and (not len(steps) or steps.max() - start < phase.budget):
             return i - 1
-        start = end
+        start = int(steps.max()) if len(steps) else start + phase.budget
     return len(phases)
 
 

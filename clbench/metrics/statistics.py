@@ -1,10 +1,10 @@
 """Statistics over runs. The unit of replication is a whole run (a seed): tasks inside a run are correlated.
 
-Scores come as ``X`` (runs, tasks). For metrics of a whole sequence (average performance, forgetting, ...) aggregate over
-tasks first and resample runs (:func:`bootstrap_ci`). For scores of run-task pairs use :func:`stratified_bootstrap_ci` with
-:func:`iqm`, as Agarwal et al. 2021 recommend; it resamples runs inside each task and so breaks their pairing, which is right
-only if the columns are independent (other runs, or games of an RL benchmark). Every function takes a
-``numpy.random.Generator`` and leaves the global one alone.
+Scores come as ``X`` (runs, tasks). For metrics of a whole sequence (average performance, forgetting, ...) aggregate
+over tasks first and resample runs (:func:`bootstrap_ci`). For scores of run-task pairs there are two:
+:func:`stratified_bootstrap_ci` resamples runs inside each task, as Agarwal et al. 2021 recommend for columns that are
+independent of each other; :func:`run_bootstrap_ci` resamples whole runs and is right when the tasks of a run are
+correlated, as in a stream. Every function takes a ``numpy.random.Generator`` and leaves the global one alone.
 
 Failed runs must be counted, not averaged away: NaN in the input is an error; :func:`summarise` takes ``None`` for a run
 that failed and reports how many there were.
@@ -29,7 +29,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 class Interval:
     """A point estimate with a percentile bootstrap interval; ``n`` runs went into it, ``failures`` could not.
 
-    With a single run there is no interval: ``low`` and ``high`` are ``None``. Without any run ``value`` is ``None`` too.
+    With one run there is no interval (``low`` and ``high`` are ``None``), without any no ``value`` either.
     """
 
     value: float | None
@@ -57,8 +57,8 @@ def mean(x: np.ndarray) -> np.ndarray:
 def iqm(x: np.ndarray) -> np.ndarray:
     """Interquartile mean over the last two axes (runs, tasks): the 25 % trimmed mean of all run-task pairs.
 
-    Like ``scipy.stats.trim_mean(x, 0.25)``: ``floor(n / 4)`` of the ``n`` values are cut off at each end. Agarwal et al.
-    2021, section 4.3.
+    Like ``scipy.stats.trim_mean(x, 0.25)``: ``floor(n / 4)`` of the ``n`` values are cut off at each end. Agarwal et
+    al. 2021.
     """
     flat = np.sort(x.reshape(*x.shape[:-2], -1), axis=-1)
     n = flat.shape[-1]
@@ -122,7 +122,7 @@ def run_bootstrap_ci(
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
 ) -> Interval:
-    """Percentile bootstrap of run x task scores that resamples whole runs (rows): right when tasks of a run are correlated."""
+    """Like :func:`stratified_bootstrap_ci`, but whole runs (rows) are resampled: tasks of a run may be correlated."""
     x = _finite(scores, 2, "The score table")
     point = float(statistic(x))
     if len(x) == 1:
@@ -157,14 +157,9 @@ def paired_difference(
     """
     only_a, only_b = sorted(set(a) - set(b)), sorted(set(b) - set(a))
     if only_a or only_b:
-        parts = [
-            f"{side} has no seed {', '.join(map(str, s))}"
-            for side, s in (("the second", only_a), ("the first", only_b))
-            if s
-        ]
-        raise DataError(
-            f"A paired difference needs the same seeds on both sides: {' and '.join(parts)}. Run those too."
-        )
+        sides = (("the second", only_a), ("the first", only_b))
+        missing = " and ".join(f"{side} has no seed {', '.join(map(str, seeds))}" for side, seeds in sides if seeds)
+        raise DataError(f"A paired difference needs the same seeds on both sides: {missing}. Run those too.")
     return bootstrap_ci([a[s] - b[s] for s in sorted(a)], rng, resamples=resamples)
 
 
@@ -172,7 +167,7 @@ def probability_of_improvement(x: np.ndarray, y: np.ndarray) -> float:
     """``P(X > Y)``, ties count half (Mann-Whitney U / nm), per task and averaged over tasks.
 
     Args:
-        x, y: (N, T) and (M, T) scores of two methods on the same tasks. Agarwal et al. 2021, section 4.3.
+        x, y: (N, T) and (M, T) scores of two methods on the same tasks. Agarwal et al. 2021.
     """
     x, y = _finite(x, 2, "The first score table"), _finite(y, 2, "The second score table")
     if x.shape[1] != y.shape[1]:
