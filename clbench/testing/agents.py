@@ -1,0 +1,746 @@
+"""Conformance checks for agents: :func:`check_agent` and the list of checks it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import gymnasium
+import torch
+from torch import Tensor
+
+from clbench.config import build
+from clbench.contracts import REQUIREMENTS, Agent, Experience, TaskInfo
+from clbench.errors import unknown_name
+from clbench.rng import get_global_state, sealed_global_rng, seed_global, torch_generator
+from clbench.testing.core import (
+    Checks,
+    Failed,
+    NotApplicable,
+    Report,
+    Result,
+    clone,
+    difference,
+    explain,
+    row,
+    run_checks,
+    state_problem,
+    storages,
+)
+from clbench.testing.fixtures import ALL_FIXTURES, FIXTURES, Fixture
+
+CLASS_CHECKS: Checks = Checks()
+AGENT_CHECKS: Checks = Checks()
+TOLERANCE = 1e-5  # of actions computed alone or in a batch, relative to the range of the action space
+
+
+def check_agent(
+    cls: type[Agent],
+    *,
+    config: Mapping[str, Any] | None = None,
+    budget: int = 64,
+    num_envs: int = 4,
+    fixtures: Sequence[Fixture] | None = None,
+) -> Report:
+    """Run every agent check on ``cls``, on every toy task that fits its ``requires``.
+
+    Args:
+        cls: a subclass of :class:`clbench.Agent`.
+        config: values of ``cls.Config``; choose small networks, batches and buffers.
+        budget: units of each ``learn`` call; a multiple of ``num_envs``, enough for the agent to update itself.
+        num_envs: parallel environments during ``learn``.
+        fixtures: the tasks to check on, instead of all that fit.
+    """
+    report = Report(f"{cls.__module__}:{cls.__qualname__}" if isinstance(cls, type) else repr(cls))
+    report.results += run_checks(CLASS_CHECKS, (cls, config), "", cls)
+    if not report.ok:
+        return report
+    chosen = list(fixtures) if fixtures is not None else _fitting(cls)
+    unmet = [f for f in chosen if not cls.requires <= f.offers]
+    fits = "there is a task that meets requires"
+    if unmet or not chosen:
+        offered = sorted(unmet[0].offers) if unmet else "what the toy tasks offer"
+        report.results.append(Result(fits, False, _unmet(cls, f"the task {unmet[0].name!r}" if unmet else "", offered)))
+        return report
+    report.results.append(Result(fits, True))
+    with sealed_global_rng():
+        for fixture in chosen:
+            for source in _sources(cls):
+                case = Case(cls, config, fixture, source, budget, num_envs)
+                report.results += run_checks(AGENT_CHECKS, case, f"{fixture.name}, from {_FROM[source]}", cls)
+    return report
+
+
+_FROM = {"dataset": "a data set", "env": "an environment", "both": "a data set and an environment"}
+
+
+def _fitting(cls: type[Agent]) -> list[Fixture]:
+    usual = [f for f in FIXTURES if cls.requires <= f.offers]
+    return usual or [f for f in ALL_FIXTURES if cls.requires <= f.offers]
+
+
+def _unmet(cls: type[Agent], task: str, offered: Any) -> str:
+    needs = sorted(cls.requires)
+    if not task:
+        return (
+            f"{cls.__name__}.requires is {needs}, which no task can meet at once; take out what contradicts the rest."
+        )
+    missing = sorted(cls.requires - frozenset(offered))
+    return f"{cls.__name__} requires {missing}, which {task} does not offer (it offers {list(offered)}); choose other fixtures."
+
+
+def _sources(cls: type[Agent]) -> tuple[str, ...]:
+    """What ``learn`` is given; an agent that names neither source must cope with each."""
+    named = cls.requires & {"dataset", "env"}
+    if len(named) == 2:
+        return ("both",)
+    return (next(iter(named)),) if named else ("dataset", "env")
+
+
+@dataclasses.dataclass
+class Snapshot:
+    """All that a checkpoint holds, taken between two yields of ``learn``, and what to compare a restored agent with."""
+
+    consumed: int
+    agent: dict[str, Any]
+    rng: Tensor
+    env: dict[str, Any] | None
+    attributes: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Run:
+    """What one training run left behind."""
+
+    agent: Agent
+    metrics: list[Mapping[str, float]]
+    consumed: list[int]
+    state: dict[str, Any]
+    action: Tensor
+    experience: Experience
+
+
+@dataclasses.dataclass
+class Case:
+    """One agent class on one toy task; makes agents, observations and training runs for the checks."""
+
+    cls: type[Agent]
+    config: Mapping[str, Any] | None
+    fixture: Fixture
+    source: str
+    budget: int
+    num_envs: int
+
+    @property
+    def name(self) -> str:
+        return self.cls.__name__
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.fixture.device)
+
+    def rng(self, seed: int, name: str = "rng") -> torch.Generator:
+        return torch_generator(seed, "testing", name, device=self.device)
+
+    @property
+    def task_id(self) -> int | None:
+        return 0 if "task_id" in self.cls.requires else None
+
+    def agent(self, seed: int = 0, rng: torch.Generator | None = None) -> Agent:
+        config = build(self.cls.Config, self.config, f"{self.name}.Config")
+        rng = rng or self.rng(seed, "agent")
+        return self.cls(self.fixture.spaces, config, device=self.device, rng=rng)
+
+    def experience(self) -> Experience:
+        return self.fixture.experience(self.source, self.num_envs, 0, self.task_id)
+
+    def observation(self, batch: int, seed: int = 0) -> Any:
+        """First observations of ``batch`` episodes."""
+        seeds = list(range(1000 * seed, 1000 * seed + batch))
+        return self.fixture.env(batch, "disabled").reset(seed=seeds)[0]
+
+    def act(
+        self, agent: Agent, obs: Any, memory: Any = None, first: Tensor | None = None, *,
+        rng: torch.Generator | None = None, explore: bool = False,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """``agent.act`` with the arguments that the loop would give."""
+        batch = len(next(iter(obs.values())) if isinstance(obs, Mapping) else obs)
+        first = torch.ones(batch, dtype=torch.bool, device=self.device) if first is None else first
+        task = None if self.task_id is None else torch.full((batch,), self.task_id, device=self.device)
+        answer = agent.act(obs, memory, first, rng=rng or self.rng(0, "act"), task=task, explore=explore)
+        if not (isinstance(answer, tuple) and len(answer) == 2):
+            raise Failed(f"act returned a {type(answer).__name__}; return the pair (actions, memory).")
+        return answer
+
+    def begin(self, agent: Agent) -> None:
+        agent.start_task(TaskInfo(self.task_id, None))
+
+    def steps(self, agent: Agent, experience: Experience, rng: torch.Generator, budget: int | None = None) -> Iterator:
+        """``agent.learn``, which must return an iterator."""
+        steps = agent.learn(experience, self.budget if budget is None else budget, rng=rng)
+        if not hasattr(steps, "__next__"):
+            raise Failed(
+                f"learn returned a {type(steps).__name__}; make it a generator: yield a dict of metrics now and then."
+            )
+        return steps
+
+    def train(self, between: Callable[[Agent, Experience, torch.Generator, int], None] | None = None) -> Run:
+        """One whole ``learn`` call; ``between(agent, experience, rng, consumed)`` is called at every yield."""
+        agent, experience, rng = self.agent(), self.experience(), self.rng(0, "learn")
+        self.begin(agent)
+        metrics, consumed = [], []
+        for m in self.steps(agent, experience, rng):
+            metrics.append(m)
+            consumed.append(_units(m, len(metrics)))
+            if between is not None:
+                between(agent, experience, rng, consumed[-1])
+            if len(metrics) > 100 * self.budget:
+                raise Failed(
+                    f"learn has yielded {len(metrics)} times for a budget of {self.budget}; it must end by itself."
+                )
+        return self.finished(agent, metrics, consumed, experience)
+
+    def finished(self, agent: Agent, metrics: list, consumed: list[int], experience: Experience) -> Run:
+        action = self.act(agent, self.observation(7))[0].clone()
+        return Run(agent, metrics, consumed, clone(agent.state_dict()), action, experience)
+
+    def compare(self, expected: Run, got: Run) -> str | None:
+        """Where two runs end differently, in words."""
+        return difference(expected.state, got.state, "state_dict()") or difference(
+            expected.action, got.action, "the actions after training"
+        )
+
+    @cached_property
+    def reference(self) -> Run:
+        """Training without interruption."""
+        return self.train()
+
+    @cached_property
+    def stochastic(self) -> bool:
+        """Whether the agent draws its actions at random even with ``explore=False``."""
+        agent, obs = self.agent(), self.observation(32)
+        first, second = (self.act(agent, obs, rng=self.rng(seed, "act"))[0] for seed in (0, 1))
+        return difference(first, second) is not None
+
+
+def _units(metrics: Any, yields: int) -> int:
+    step = metrics.get("step") if isinstance(metrics, Mapping) else None
+    return yields if step is None else int(step)
+
+
+# -- the class ----------------------------------------------------------------------------------------------------------
+
+
+@CLASS_CHECKS.add("it is an Agent subclass with all methods")
+def _is_agent(given: tuple[Any, Any]) -> str | None:
+    cls = given[0]
+    if not (isinstance(cls, type) and issubclass(cls, Agent)):
+        raise Failed(
+            f"{cls!r} is not a subclass of clbench.Agent; write `class {getattr(cls, '__name__', 'MyAgent')}(Agent)`."
+        )
+    missing = sorted(cls.__abstractmethods__)
+    if missing:
+        raise Failed(f"{cls.__name__} does not define {', '.join(missing)}; every agent needs act, learn, state_dict and "
+                     "load_state_dict.")  # fmt: skip
+    return None
+
+
+@CLASS_CHECKS.add("its methods take the arguments of the contract", needs="it is an Agent subclass with all methods")
+def _signatures(given: tuple[Any, Any]) -> str | None:
+    cls = given[0]
+    x: Any = None
+    calls: dict[str, tuple[tuple, dict]] = {
+        "__init__": ((x, x, x), {"device": x, "rng": x}),
+        "act": ((x, x, x, x), {"rng": x, "task": x, "explore": x}),
+        "learn": ((x, x, x), {"rng": x}),
+        "start_task": ((x, x), {}),
+        "finish_task": ((x,), {}),
+        "state_dict": ((x,), {}),
+        "load_state_dict": ((x, x), {}),
+    }
+    for name, (args, kwargs) in calls.items():
+        try:
+            inspect.signature(getattr(cls, name)).bind(*args, **kwargs)
+        except TypeError as error:
+            wanted = inspect.signature(getattr(Agent, name))
+            text = ", ".join(str(p).split(":")[0].split(" = ")[0] for p in wanted.parameters.values())
+            raise Failed(
+                f"{cls.__name__}.{name} cannot be called as the loop does ({error}); define it as {name}({text})."
+            ) from error
+    return None
+
+
+@CLASS_CHECKS.add(
+    "Config is a dataclass whose fields all have defaults", needs="it is an Agent subclass with all methods"
+)
+def _config(given: tuple[Any, Any]) -> str | None:
+    cls, values = given
+    config = cls.Config
+    fields = {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
+    forgotten = sorted(set(vars(config).get("__annotations__", {})) - fields)
+    if not dataclasses.is_dataclass(config) or forgotten:
+        raise Failed(f"{cls.__name__}.Config is not a dataclass (fields {forgotten}); decorate it with @dataclass.")
+    build(config, None, f"{cls.__name__}.Config")
+    build(config, values, f"{cls.__name__}.Config")
+    return None
+
+
+@CLASS_CHECKS.add("requires names only known requirements", needs="it is an Agent subclass with all methods")
+def _requires(given: tuple[Any, Any]) -> str | None:
+    cls = given[0]
+    if not isinstance(cls.requires, frozenset | set):
+        raise Failed(f"{cls.__name__}.requires is a {type(cls.requires).__name__}; write frozenset({{...}}).")
+    for name in sorted(cls.requires - REQUIREMENTS):
+        raise Failed(str(unknown_name("requirement", str(name), REQUIREMENTS, where=f"{cls.__name__}.requires")))
+    return None
+
+
+# -- construction and acting ----------------------------------------------------------------------------------------------
+
+BUILT = "it can be constructed"
+ACTS = "act returns valid actions"
+LEARNS = "learn yields numbers and consumes its budget"
+STATE = "state_dict holds only tensors and plain values"
+
+
+@AGENT_CHECKS.add(BUILT)
+def _built(case: Case) -> str | None:
+    try:
+        agent = case.agent()
+    except Exception as error:
+        raise Failed(
+            f"{explain(error, case.cls)}; if the agent is not meant for this kind of task "
+            f"({', '.join(sorted(case.fixture.offers))}), say so in requires."
+        ) from error
+    case.begin(agent)
+    agent.finish_task()
+    return None
+
+
+@AGENT_CHECKS.add(STATE, needs=BUILT)
+def _state_plain(case: Case) -> str | None:
+    return _check_state(case, case.agent().state_dict(), "before training")
+
+
+def _check_state(case: Case, state: Any, when: str) -> None:
+    bad = state_problem(state, "state_dict()")
+    if bad:
+        raise Failed(f"{when}, {bad}")
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    back = torch.load(file, weights_only=True)
+    changed = difference(dict(state), back, "state_dict()")
+    if changed:
+        raise Failed(f"{when}, a saved state is not what comes back: {changed}; store tensors and plain values.")
+    return None
+
+
+@AGENT_CHECKS.add(ACTS, needs=BUILT)
+def _acts(case: Case) -> str | None:
+    agent = case.agent()
+    for batch in (4, 1, 7):
+        for explore in (False, True):
+            actions, _ = case.act(agent, case.observation(batch), explore=explore)
+            check_actions(actions, case.fixture.spaces.action, batch, case.device)
+    return None
+
+
+def check_actions(actions: Any, space: gymnasium.Space, batch: int, device: torch.device) -> None:
+    """Raise :class:`Failed` unless ``actions`` are a batch of members of ``space`` on ``device``."""
+    if not isinstance(actions, Tensor):
+        raise Failed(f"act returned actions of type {type(actions).__name__}; return a torch tensor.")
+    if isinstance(space, gymnasium.spaces.Discrete):
+        shape, dtype, why = (batch,), torch.int64, "one whole number per environment"
+    else:
+        shape, dtype, why = (
+            (batch, *(space.shape or ())),
+            torch.float32,
+            "one row per environment, one column per action dimension",
+        )
+    if tuple(actions.shape) != shape:
+        raise Failed(f"act returned actions of shape {tuple(actions.shape)}, expected {shape}: {why}.")
+    if actions.dtype != dtype:
+        raise Failed(
+            f"act returned actions of dtype {actions.dtype}, expected {dtype}: convert with actions.to({dtype})."
+        )
+    if actions.device.type != device.type:
+        raise Failed(f"act returned actions on {actions.device}, expected {device}: keep them on self.device.")
+    if actions.requires_grad:
+        raise Failed("act returned actions that require gradients; decorate act with @torch.no_grad().")
+    if not bool(torch.isfinite(actions.double()).all()):
+        raise Failed("act returned NaN or infinite actions; check the network's inputs and outputs.")
+    if isinstance(space, gymnasium.spaces.Discrete):
+        low, high = torch.tensor(int(space.start)), torch.tensor(int(space.start) + int(space.n) - 1)
+    elif isinstance(space, gymnasium.spaces.Box):
+        low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)
+    else:
+        return
+    low, high = low.to(actions.device), high.to(actions.device)
+    slack = 1e-6 * (high - low) if actions.is_floating_point() else 0
+    if bool(((actions < low - slack) | (actions > high + slack)).any()):
+        raise Failed(
+            f"act returned actions in [{actions.min():.4g}, {actions.max():.4g}], outside the action space "
+            f"{low.tolist()} to {high.tolist()}; rescale or clamp them to spaces.action."
+        )
+
+
+@AGENT_CHECKS.add("act accepts the memory that it returned", needs=ACTS)
+def _memory(case: Case) -> str | None:
+    agent, memory = case.agent(), None
+    for step in range(3):
+        first = torch.tensor([step == 0, step == 0, step == 2, False], device=case.device)
+        actions, memory = case.act(agent, case.observation(4, seed=step), memory, first if step else None)
+        check_actions(actions, case.fixture.spaces.action, 4, case.device)
+    return None
+
+
+@AGENT_CHECKS.add(
+    "a row that begins an episode forgets the one before", needs="act accepts the memory that it returned"
+)
+def _first(case: Case) -> str | None:
+    if case.stochastic:
+        raise NotApplicable("the agent acts at random even with explore=False")
+    agent, fresh = case.agent(), case.observation(4, seed=9)
+    expected, _ = case.act(agent, fresh)
+    _, memory = case.act(agent, case.observation(4, seed=1))
+    if memory is None:
+        raise NotApplicable("the agent keeps no memory")
+    none = torch.zeros(4, dtype=torch.bool, device=case.device)
+    _, memory = case.act(agent, case.observation(4, seed=2), memory, none)
+    first = torch.tensor([True, False, True, False], device=case.device)
+    actions, _ = case.act(agent, fresh, memory, first)
+    if not _close(actions[first], expected[first], case.fixture.spaces.action):
+        raise Failed(
+            "act gives rows with first=True another action than a new episode gets; reset their memory where `first`."
+        )
+    return None
+
+
+@AGENT_CHECKS.add("actions do not depend on the other rows of the batch", needs=ACTS)
+def _batch_invariance(case: Case) -> str | None:
+    if case.stochastic:
+        raise NotApplicable("the agent acts at random even with explore=False")
+    agent, obs = case.agent(), case.observation(7)
+    together, _ = case.act(agent, obs)
+    alone = torch.cat([case.act(agent, row(obs, i))[0] for i in range(7)])
+    if not _close(together, alone, case.fixture.spaces.action):
+        raise Failed(
+            f"7 rows computed together give {together[0].tolist()} for row 0, alone {alone[0].tolist()}: act mixes rows; use "
+            "running statistics (eval mode) instead of batch statistics and index by row."
+        )
+    return None
+
+
+def _close(a: Tensor, b: Tensor, space: gymnasium.Space) -> bool:
+    if isinstance(space, gymnasium.spaces.Box):
+        span = torch.as_tensor(space.high - space.low).to(a.device).clamp(max=1e3)
+        return bool(((a - b).abs() <= TOLERANCE * span).all())
+    return torch.equal(a, b)
+
+
+@AGENT_CHECKS.add("the same generator state gives the same actions", needs=ACTS)
+def _act_deterministic(case: Case) -> str | None:
+    agent, twin, obs = case.agent(), case.agent(), case.observation(7)
+    for explore in (False, True):
+        expected, _ = case.act(agent, obs, explore=explore)
+        case.act(agent, case.observation(7, seed=3), explore=explore)
+        again, _ = case.act(agent, obs, explore=explore)
+        if difference(expected, again):
+            raise Failed(f"act(explore={explore}) answers the same question differently the second time; it must keep nothing "
+                         "between calls (use memory) and draw only from rng.")  # fmt: skip
+        other, _ = case.act(twin, obs, explore=explore)
+        if difference(expected, other):
+            raise Failed(f"two agents built from the same seed act differently (explore={explore}); draw the initial weights "
+                         "from the rng given to __init__ and actions from the rng given to act.")  # fmt: skip
+    return None
+
+
+@AGENT_CHECKS.add("act does not change its inputs", needs=ACTS)
+def _act_inputs(case: Case) -> str | None:
+    agent = case.agent()
+    _, memory = case.act(agent, case.observation(4))
+    for explore in (False, True):
+        given = {"obs": case.observation(4), "memory": memory, "first": torch.tensor([True, False, True, False])}
+        given = {**given, "first": given["first"].to(case.device)}
+        before = clone(given)
+        case.act(agent, given["obs"], given["memory"], given["first"], explore=explore)
+        changed = next((k for k in given if difference(before[k], given[k])), None)
+        if changed:
+            raise Failed(f"act changed its argument {changed!r} in place; work on a copy ({changed}.clone()).")
+    return None
+
+
+@AGENT_CHECKS.add("evaluation leaves the agent unchanged", needs=(ACTS, STATE))
+def _act_pure(case: Case) -> str | None:
+    own = case.rng(0, "agent")
+    agent = case.agent(rng=own)
+    before, rng = clone(agent.state_dict()), own.get_state()
+    for explore in (False, True):
+        case.act(agent, case.observation(7), explore=explore)
+        changed = difference(before, agent.state_dict(), "state_dict()")
+        if changed:
+            raise Failed(f"act(explore={explore}) changed the agent: {changed}; act must change nothing in the agent, "
+                         "keep per-episode state in memory.")  # fmt: skip
+        if not torch.equal(rng, own.get_state()):
+            raise Failed("act drew from the generator given to __init__; draw only from the rng given to act.")
+    return None
+
+
+@AGENT_CHECKS.add("acting uses no process-wide random numbers", needs=ACTS)
+def _act_global(case: Case) -> str | None:
+    actions = []
+    for seed in (1, 2):
+        seed_global(seed)
+        with _global_unchanged("__init__"):
+            agent = case.agent()
+        with _global_unchanged("act"):
+            actions.append(torch.cat([case.act(agent, case.observation(7), explore=e)[0] for e in (False, True)]))
+    if difference(actions[0], actions[1]):
+        raise Failed(
+            "actions depend on the process-wide seed; draw weights from the rng of __init__, actions from that of act."
+        )
+    return None
+
+
+@contextlib.contextmanager
+def _global_unchanged(method: str) -> Iterator[None]:
+    before = get_global_state()
+    yield
+    changed = difference(before, get_global_state())
+    if changed:
+        culprit = changed.split("'")[1]
+        raise Failed(
+            f"{method} used the process-wide generator of {culprit}; pass generator=rng (torch) or derive a "
+            "numpy.random.Generator from it, or wrap what cannot be told in clbench.rng.sealed_global_rng()."
+        )
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+@AGENT_CHECKS.add(LEARNS, needs=ACTS)
+def _learns(case: Case) -> str | None:
+    run = case.reference
+    if not run.metrics:
+        raise Failed("learn yielded nothing; yield a dict of metrics at least once per call.")
+    before = 0
+    for i, m in enumerate(run.metrics):
+        if not isinstance(m, Mapping):
+            raise Failed(f"learn yielded a {type(m).__name__}; yield a dict from names to numbers.")
+        for key, value in m.items():
+            if not isinstance(key, str) or isinstance(value, bool) or not isinstance(value, int | float):
+                raise Failed(
+                    f"learn yielded {key!r}: {type(value).__name__}; yield names and Python floats (use .item())."
+                )
+            if not math.isfinite(value):
+                raise Failed(
+                    f"learn yielded {key!r} = {value}; leave a metric out while it is undefined, and look for diverging losses."
+                )
+        if run.consumed[i] < before:
+            raise Failed(
+                f"'step' fell from {before} to {run.consumed[i]}; it counts units since this call of learn began."
+            )
+        before = run.consumed[i]
+    return _check_budget(case, run)
+
+
+def _check_budget(case: Case, run: Run) -> str | None:
+    if run.consumed[-1] > case.budget:
+        raise Failed(
+            f"learn reports {run.consumed[-1]} units for a budget of {case.budget}; stop when the budget is spent."
+        )
+    if run.consumed[-1] < case.budget:
+        raise Failed(
+            f"learn ended after {run.consumed[-1]} of {case.budget} units; each yield counts as one unit, so yield "
+            "{'step': units consumed so far} when a yield stands for more."
+        )
+    env = run.experience.env
+    if case.source == "env" and env is not None:
+        stepped = int(getattr(env, "calls", 0)) * case.num_envs
+        if stepped > case.budget:
+            raise Failed(f"learn took {stepped} environment steps for a budget of {case.budget} (a step of {case.num_envs} "
+                         f"environments costs {case.num_envs} units).")  # fmt: skip
+    return f"yields {len(run.metrics)} times in {case.budget} units" if len(run.metrics) < 4 else None
+
+
+@AGENT_CHECKS.add("learn stops when it is closed between two yields", needs=LEARNS)
+def _closes(case: Case) -> str | None:
+    agent = case.agent()
+    case.begin(agent)
+    steps = case.steps(agent, case.experience(), case.rng(0, "learn"))
+    next(steps)
+    close = getattr(steps, "close", None)
+    if close is None:
+        raise Failed(f"learn returned a {type(steps).__name__} that cannot be closed; make learn a generator function.")
+    try:
+        close()
+    except RuntimeError as error:
+        raise Failed(
+            f"learn went on after it was closed ({error}); do not catch GeneratorExit or bare exceptions around yield."
+        ) from error
+    agent.finish_task()
+    _check_state(case, agent.state_dict(), "after learn was closed")
+    case.act(agent, case.observation(2))
+    return None
+
+
+@AGENT_CHECKS.add("the same seeds give the same training", needs=LEARNS)
+def _learn_deterministic(case: Case) -> str | None:
+    changed = case.compare(case.reference, case.train())
+    if changed:
+        raise Failed(f"two trainings from the same seeds differ: {changed}; draw only from the rng given to learn, and iterate "
+                     "over nothing unordered (sets).")  # fmt: skip
+    return None
+
+
+@AGENT_CHECKS.add("training uses no process-wide random numbers", needs="the same seeds give the same training")
+def _learn_global(case: Case) -> str | None:
+    seed_global(12345)
+
+    def unchanged(*_: Any) -> None:
+        changed = difference(state[0], get_global_state())
+        if changed:
+            raise Failed(f"learn moved the process-wide generator of {changed.split(chr(39))[1]}; pass generator=rng, or wrap what "
+                         "cannot be told in clbench.rng.sealed_global_rng() (not around a yield).")  # fmt: skip
+
+    state = [get_global_state()]
+    changed = case.compare(case.reference, case.train(unchanged))
+    if changed:
+        raise Failed(f"training depends on the process-wide seed: {changed}; draw from the rng given to learn.")
+    return None
+
+
+@AGENT_CHECKS.add("learn does not change the data set", needs=LEARNS)
+def _learn_inputs(case: Case) -> str | None:
+    if case.source == "env":
+        raise NotApplicable("the agent learns from an environment")
+    pristine, used = case.experience().dataset, case.reference.experience.dataset
+    for name in ("observations", "actions", "lengths", "final_observations", "task", "episode", "starts", "final"):
+        if difference(getattr(pristine, name), getattr(used, name)):
+            raise Failed(f"learn changed dataset.{name} in place; other agents and tasks share it, so work on a copy.")
+    return None
+
+
+@AGENT_CHECKS.add("evaluation between updates does not change training", needs="the same seeds give the same training")
+def _evaluation_free(case: Case) -> str | None:
+    def evaluate(agent: Agent, _experience: Experience, _rng: torch.Generator, consumed: int) -> None:
+        memory = None
+        for step in range(2):
+            obs, first = case.observation(3, seed=step + consumed), torch.full((3,), step == 0, device=case.device)
+            _, memory = case.act(agent, obs, memory, first, rng=case.rng(consumed, "evaluation"))
+
+    changed = case.compare(case.reference, case.train(evaluate))
+    if changed:
+        raise Failed(f"training with evaluations between yields ends differently: {changed}; act must not touch the networks' "
+                     "mode, buffers, counters or generators that learn uses.")  # fmt: skip
+    return None
+
+
+# -- saving and resuming ------------------------------------------------------------------------------------------------
+
+
+@AGENT_CHECKS.add("a saved state comes back in a fresh agent", needs=(LEARNS, STATE))
+def _round_trip(case: Case) -> str | None:
+    saved = case.reference.state
+    _check_state(case, case.reference.agent.state_dict(), "after training")
+    fresh = case.agent(seed=1)
+    fresh.load_state_dict(clone(saved))
+    changed = difference(saved, fresh.state_dict(), "state_dict()")
+    if changed:
+        raise Failed(f"after load_state_dict, {changed}; load every key that state_dict saves.")
+    actions, _ = case.act(fresh, case.observation(7))
+    if difference(case.reference.action, actions):
+        raise Failed(
+            f"a restored agent acts differently{_suspects(case.reference.agent, fresh)}; save all that act uses."
+        )
+    return None
+
+
+@AGENT_CHECKS.add("training resumes bit for bit from any yield", needs="a saved state comes back in a fresh agent")
+def _resumes(case: Case) -> str | None:
+    if case.compare(case.reference, case.train()):
+        raise NotApplicable(
+            "the same seeds do not give the same training, so there is nothing to compare a resumed run with"
+        )
+    snapshots: list[Snapshot] = []
+
+    def snapshot(agent: Agent, experience: Experience, rng: torch.Generator, consumed: int) -> None:
+        env = None if experience.env is None else clone(experience.env.state_dict())
+        snapshots.append(Snapshot(consumed, clone(agent.state_dict()), rng.get_state(), env, attributes(agent)))
+
+    changed = case.compare(case.reference, case.train(snapshot))
+    if changed:
+        raise Failed(f"calling state_dict between yields changes training: {changed}; state_dict must only read.")
+    n = len(snapshots)
+    for i in sorted({0, n // 3, n // 2, n - 2} & set(range(n))):
+        _resume(case, snapshots[i])
+    return None
+
+
+def _resume(case: Case, at: Snapshot) -> None:
+    agent, experience, rng = case.agent(seed=1), case.experience(), case.rng(5, "other")
+    agent.load_state_dict(clone(at.agent))
+    rng.set_state(at.rng)
+    if experience.env is not None and at.env is not None:
+        experience.env.load_state_dict(at.env)
+    suspects = _differing(at.attributes, attributes(agent))
+    rest = case.budget - at.consumed
+    if rest > 0:
+        for _ in case.steps(agent, experience, rng, rest):
+            pass
+    changed = case.compare(case.reference, case.finished(agent, [], [], experience))
+    if changed:
+        raise Failed(
+            f"saved after {at.consumed} of {case.budget} units and resumed, training ends differently: {changed}; something that "
+            f"learn needs is missing from state_dict{suspects or ' (perhaps a local variable of learn)'}."
+        )
+
+
+def attributes(agent: Agent) -> dict[str, Any]:
+    """The attributes of an agent that can be compared: tensors, numbers, containers, and what has a ``state_dict``."""
+    found = {}
+    for name, value in vars(agent).items():
+        if isinstance(value, torch.Generator):
+            continue  # the loop's generators are saved by the loop
+        if hasattr(value, "state_dict"):
+            found[name] = clone(value.state_dict())
+        elif isinstance(value, bool | int | float | str | Tensor | list | tuple | Mapping):
+            found[name] = clone(value)
+    return found
+
+
+def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    names = [f"self.{k}" for k in before if k not in after or difference(before[k], after[k])]
+    return f": {', '.join(names)} {'is' if len(names) == 1 else 'are'} not restored" if names else ""
+
+
+def _suspects(agent: Agent, restored: Agent) -> str:
+    return _differing(attributes(agent), attributes(restored))
+
+
+@AGENT_CHECKS.add("loading a state copies it", needs="a saved state comes back in a fresh agent")
+def _no_alias(case: Case) -> str | None:
+    given = clone(case.reference.state)
+    agent = case.agent(seed=1)
+    agent.load_state_dict(given)
+    case.begin(agent)
+    for _ in case.steps(agent, case.experience(), case.rng(1, "learn")):
+        pass
+    changed = difference(case.reference.state, given, "state")
+    if changed:
+        raise Failed(
+            f"training after load_state_dict(state) changed the given {changed}; copy what you keep (.clone())."
+        )
+    shared = storages(given) & storages(agent.state_dict())
+    if shared:
+        raise Failed(
+            "after load_state_dict(state) the agent still refers to tensors of state; copy what you keep (.clone())."
+        )
+    return None

@@ -1,0 +1,288 @@
+"""What all conformance checks share: results, reports, isolation of failures, and comparison of states.
+
+A check is a small function with a name in words. It returns ``None`` or a note, raises :class:`Failed` with a sentence that
+says what to change, or :class:`NotApplicable`. Any other exception is a failure of that check too: the message then names
+the method, the error, and the file and line of the plug-in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clbench.errors import ClbenchError, ContractError
+
+Status = str  # "passed" | "failed" | "not applicable"
+_HERE = str(Path(__file__).resolve().parent)
+
+
+class Failed(ContractError):
+    """The plug-in does not do what the check asks; the message says what to change."""
+
+
+class NotApplicable(ContractError):
+    """The check does not concern this plug-in; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Outcome of one check.
+
+    Args:
+        name: of the check, in words.
+        ok: ``False`` if the plug-in fails it.
+        message: what to change if it failed, why it does not apply, or a note.
+        applies: ``False`` where the check does not concern the plug-in (``ok`` is then ``True``).
+        subject: what the check was run on, for example the name of a fixture.
+        details: the traceback of an unexpected exception, for ``--traceback``.
+    """
+
+    name: str
+    ok: bool
+    message: str = ""
+    applies: bool = True
+    subject: str = ""
+    details: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def status(self) -> Status:
+        return "failed" if not self.ok else "passed" if self.applies else "not applicable"
+
+
+@dataclasses.dataclass
+class Report:
+    """All results of one plug-in.
+
+    Args:
+        target: what was checked.
+        results: one per check and subject.
+    """
+
+    target: str
+    results: list[Result] = dataclasses.field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return all(r.ok for r in self.results)
+
+    @property
+    def failures(self) -> list[Result]:
+        return [r for r in self.results if not r.ok]
+
+    def raise_if_failed(self) -> None:
+        """Do nothing if every check passed.
+
+        Raises:
+            ContractError: the text of the report's failures.
+        """
+        if not self.ok:
+            raise ContractError(
+                f"{self.target} fails {len(self.rows(only_failed=True))} conformance check(s).\n{self.text()}"
+            )
+
+    def rows(self, only_failed: bool = False) -> list[Result]:
+        """One result per check: the first failure of any subject, else a pass, else why it does not apply."""
+        groups: dict[str, list[Result]] = {}
+        for r in self.results:
+            groups.setdefault(r.name, []).append(r)
+        order = ("failed", "passed", "not applicable")
+        rows = [min(group, key=lambda r: order.index(r.status)) for group in groups.values()]
+        return [r for r in rows if not (only_failed and r.ok)]
+
+    def text(self, verbose: bool = False) -> str:
+        """A table as plain text: every failure with its sentence; with ``verbose`` passed checks and notes too."""
+        rows, lines = self.rows(), []
+        for r in rows:
+            if r.ok and not verbose:
+                continue
+            where = f" (on {r.subject})" if r.subject and not r.ok else ""
+            lines.append(f"{r.status:>14}  {r.name}{where}{': ' + r.message if r.message else ''}")
+        counts = {s: sum(r.status == s for r in rows) for s in ("passed", "failed", "not applicable")}
+        lines.append(f"{self.target}: " + ", ".join(f"{n} {s}" for s, n in counts.items()))
+        return "\n".join(lines)
+
+    __str__ = text
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A named check; ``needs`` names checks without whose success it makes no sense."""
+
+    name: str
+    run: Callable[[Any], str | None]
+    needs: tuple[str, ...] = ()
+
+
+class Checks(list[Check]):
+    """A list of checks with a decorator that adds to it."""
+
+    def add(self, name: str, needs: str | tuple[str, ...] = ()) -> Callable[[Callable[[Any], str | None]], Callable]:
+        def register(function: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+            self.append(Check(name, function, (needs,) if isinstance(needs, str) else needs))
+            return function
+
+        return register
+
+
+def run_checks(checks: Iterable[Check], case: Any, subject: str, plugin: Any) -> Iterator[Result]:
+    """Run ``checks`` on ``case``; a check whose prerequisite failed or was left out is not applicable."""
+    passed: set[str] = set()
+    for check in checks:
+        missing = [n for n in check.needs if n not in passed]
+        if missing:
+            yield Result(check.name, True, f"not checked, because {missing[0]!r} did not pass", False, subject)
+            continue
+        result = run_one(check, case, subject, plugin)
+        if result.status == "passed":
+            passed.add(check.name)
+        yield result
+
+
+def run_one(check: Check, case: Any, subject: str, plugin: Any) -> Result:
+    """One check; whatever it raises (except Ctrl-C) becomes its result."""
+    try:
+        note = check.run(case)
+    except NotApplicable as reason:
+        return Result(check.name, True, str(reason), False, subject)
+    except Failed as failure:
+        return Result(check.name, False, str(failure), True, subject)
+    except Exception as error:  # noqa: BLE001 (a plug-in may raise anything; it must not stop the other checks)
+        return Result(
+            check.name, False, explain(error, plugin), True, subject, "".join(traceback.format_exception(error))
+        )
+    return Result(check.name, True, note or "", True, subject)
+
+
+def explain(error: BaseException, plugin: Any) -> str:
+    """One sentence: which method of the plug-in raised what, and where."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _ours(f.filename)]
+    said = " ".join(str(error).split()) or "(no message)"
+    what = said if isinstance(error, ClbenchError) else f"{type(error).__name__}: {said}"
+    if not frames:
+        return f"{_name(plugin)} made the check stop with {what}"
+    source = _source(plugin)
+    at = next((f for f in reversed(frames) if f.filename == source), frames[0])
+    return f"{_name(plugin)}.{frames[0].name} raised {what} ({os.path.basename(at.filename)}, line {at.lineno}, in {at.name})"
+
+
+def _ours(filename: str) -> bool:
+    path = os.path.realpath(filename)
+    return path.startswith(_HERE) or os.path.basename(path) == "contextlib.py"
+
+
+def _name(plugin: Any) -> str:
+    return getattr(plugin, "__name__", None) or type(plugin).__name__
+
+
+def _source(plugin: Any) -> str:
+    try:
+        return inspect.getsourcefile(plugin) or ""
+    except TypeError:
+        return ""
+
+
+# -- trees of tensors and plain values ------------------------------------------------------------------------------------
+
+
+def clone(tree: Any) -> Any:
+    """A deep copy of nested dicts, lists and tuples of tensors, arrays and plain values."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, np.ndarray):
+        return tree.copy()
+    if isinstance(tree, Mapping):
+        return {k: clone(v) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [clone(v) for v in tree]
+    if isinstance(tree, tuple):
+        return tuple(clone(v) for v in tree)
+    return tree
+
+
+def difference(a: Any, b: Any, where: str = "") -> str | None:
+    """Where two trees first differ, bit for bit, as a path and a phrase; ``None`` if they are equal."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return _tensor_difference(a.detach(), b.detach(), where)
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return None if a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b) else f"{where} differs"
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for key in a:
+            if key not in b:
+                return f"{where}[{key!r}] is missing from one of them"
+        for key in b:
+            if key not in a:
+                return f"{where}[{key!r}] is missing from one of them"
+        return next((d for k in a if (d := difference(a[k], b[k], f"{where}[{k!r}]"))), None)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            return f"{where} has {len(a)} entries in one and {len(b)} in the other"
+        return next((d for i, (x, y) in enumerate(zip(a, b)) if (d := difference(x, y, f"{where}[{i}]"))), None)
+    if isinstance(a, float) and isinstance(b, float) and a != a and b != b:
+        return None
+    if type(a) is not type(b):
+        return f"{where} is a {type(a).__name__} in one and a {type(b).__name__} in the other"
+    try:
+        return None if bool(a == b) else f"{where} is {a!r} in one and {b!r} in the other"
+    except (TypeError, ValueError, RuntimeError):
+        return None  # values that cannot be compared say nothing
+
+
+def _tensor_difference(a: torch.Tensor, b: torch.Tensor, where: str) -> str | None:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{where} is {tuple(a.shape)} {a.dtype} in one and {tuple(b.shape)} {b.dtype} in the other"
+    b = b.to(a.device)
+    if a.is_floating_point():
+        same = torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(a.isnan(), b.isnan())
+        if not same:
+            return f"{where} differs (by up to {float((a.double() - b.double()).abs().max()):.2g})"
+        return None
+    return None if torch.equal(a, b) else f"{where} differs"
+
+
+def storages(tree: Any) -> set[int]:
+    """Addresses of the memory of all non-empty tensors in a tree."""
+    if isinstance(tree, torch.Tensor):
+        return {tree.untyped_storage().data_ptr()} if tree.numel() else set()
+    values: Iterable[Any] = (
+        tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else ()
+    )
+    return set().union(*(storages(v) for v in values))
+
+
+def not_plain(tree: Any, where: str) -> str | None:
+    """The path and type of the first value that is neither a tensor nor a plain Python value."""
+    if tree is None or isinstance(tree, torch.Tensor) or type(tree) in (bool, int, float, str, bytes):
+        return None
+    if isinstance(tree, Mapping):
+        return next((d for k, v in tree.items() if (d := not_plain(v, f"{where}[{k!r}]"))), None)
+    if type(tree) in (list, tuple):
+        return next((d for i, v in enumerate(tree) if (d := not_plain(v, f"{where}[{i}]"))), None)
+    return f"{where} is a {type(tree).__module__}.{type(tree).__qualname__}"
+
+
+def state_problem(state: Any, where: str) -> str | None:
+    """What is wrong with a ``state_dict``: it must be a dict of tensors and plain values that loads without pickles."""
+    if not isinstance(state, dict):
+        return f"{where} returned a {type(state).__name__}; return a dict."
+    bad = not_plain(state, where)
+    if bad:
+        return f"{bad}; store only tensors, numbers, strings, None, and lists, tuples or dicts of those (tensor.tolist(), .item())."
+    return None
+
+
+def moved(obs: Any, device: Any) -> Any:
+    """An observation on another device."""
+    return {k: v.to(device) for k, v in obs.items()} if isinstance(obs, Mapping) else obs.to(device)
+
+
+def row(obs: Any, index: int) -> Any:
+    """Row ``index`` of an observation, as a batch of one."""
+    return {k: v[index : index + 1] for k, v in obs.items()} if isinstance(obs, Mapping) else obs[index : index + 1]
