@@ -169,6 +169,10 @@ class EvalLog:
             np.array([e.standard_error for e in rows], dtype=np.float64),
         )
 
+    def matrix(self, tasks: Sequence[str], phases: int | Sequence[Phase]) -> np.ndarray:
+        """The performance matrix (P+1, T), see :func:`matrix`."""
+        return matrix(self, tasks, phases)
+
 
 @dataclass(frozen=True)
 class Table:
