@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from clbench import envs as _envs  # registers clbench/... with Gymnasium (string entry points only)
+import clbench.envs  # noqa: F401 (registers clbench/... with Gymnasium: string entry points only)
 
 if TYPE_CHECKING:
     from clbench.contracts import (

@@ -86,7 +86,9 @@ def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
         ConfigError: a wrong type, or whatever ``__post_init__`` refuses.
     """
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise ConfigError(f"{where}: {getattr(cls, '__qualname__', cls)} is not a dataclass; decorate it with @dataclass.")
+        raise ConfigError(
+            f"{where}: {getattr(cls, '__qualname__', cls)} is not a dataclass; decorate it with @dataclass."
+        )
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     arguments = {}

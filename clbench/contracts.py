@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
     Observation = torch.Tensor | dict[str, torch.Tensor]
 
-REQUIREMENTS = frozenset({"dataset", "env", "goal", "task_id", "boundaries", "discrete", "continuous", "pixels", "state"})
+REQUIREMENTS = frozenset(
+    {"dataset", "env", "goal", "task_id", "boundaries", "discrete", "continuous", "pixels", "state"}
+)
 Reveals = Literal["task_id", "boundaries", "nothing"]
 REVEALS: tuple[Reveals, ...] = ("task_id", "boundaries", "nothing")
 
@@ -107,7 +109,8 @@ def _freeze(column: Any) -> Any:
     """Lists, arrays and tensors as nested tuples of plain Python values."""
     if hasattr(column, "tolist"):
         column = column.tolist()
-    return tuple(_freeze(v) for v in column) if isinstance(column, list | tuple) else column
+    is_column = isinstance(column, Sequence) and not isinstance(column, str | bytes)
+    return tuple(_freeze(v) for v in column) if is_column else column
 
 
 @dataclass(frozen=True)
@@ -230,8 +233,12 @@ class Stream:
         def task(d: Mapping[str, Any]) -> Task:
             return Task(**{**d, "evaluation": TaskList(**d["evaluation"]), "metric": Metric(**d["metric"])})
 
-        return Stream(data["name"], tuple(task(t) for t in data["tasks"]), tuple(Phase(**p) for p in data["phases"]),
-                      data["reveals"])
+        return Stream(
+            data["name"],
+            tuple(task(t) for t in data["tasks"]),
+            tuple(Phase(**p) for p in data["phases"]),
+            data["reveals"],
+        )
 
 
 @runtime_checkable
@@ -254,8 +261,9 @@ class VectorEnv(Protocol):
     single_observation_space: gymnasium.Space
     single_action_space: gymnasium.Space
 
-    def reset(self, *, seed: int | Sequence[int] | None = None, options: Mapping[str, Any] | None = None
-              ) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | Sequence[int] | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """-> (observation, info).
 
         ``seed`` int: seeds the whole batch, row ``i``'s episodes are a function of (seed, i). A sequence: one seed per row,
@@ -304,8 +312,16 @@ class Agent(ABC):
         self.device = device
 
     @abstractmethod
-    def act(self, obs: Any, memory: Any, first: torch.Tensor, *, rng: torch.Generator, task: torch.Tensor | None = None,
-            explore: bool = False) -> tuple[torch.Tensor, Any]:
+    def act(
+        self,
+        obs: Any,
+        memory: Any,
+        first: torch.Tensor,
+        *,
+        rng: torch.Generator,
+        task: torch.Tensor | None = None,
+        explore: bool = False,
+    ) -> tuple[torch.Tensor, Any]:
         """-> (actions (B, A) float32 or (B,) int64, memory). Must change nothing in the agent.
 
         ``first`` (B,) bool marks rows that begin an episode; ``memory`` is the agent's own per-episode state (planner warm
@@ -361,7 +377,8 @@ class Objective(Protocol):
 class Planner(Protocol):
     """Searches action sequences in a world model."""
 
-    def plan(self, model: WorldModel, z: torch.Tensor, objective: Objective, memory: Any, *, rng: torch.Generator
-             ) -> tuple[torch.Tensor, Any]:
+    def plan(
+        self, model: WorldModel, z: torch.Tensor, objective: Objective, memory: Any, *, rng: torch.Generator
+    ) -> tuple[torch.Tensor, Any]:
         """Latents (B, D) -> (actions (B, H, A), memory for the warm start)."""
         ...

@@ -33,7 +33,7 @@ class MissingExtraError(ClbenchError, ImportError):
     """An optional dependency is not installed."""
 
 
-class Interrupted(ClbenchError):  # noqa: N818 (an event, not a mistake)
+class Interrupted(ClbenchError):
     """The user asked to stop (Ctrl-C); everything done so far has been saved."""
 
 

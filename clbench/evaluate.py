@@ -48,7 +48,9 @@ def check_actions(actions: Any, space: gymnasium.Space, num_envs: int, who: str)
         ContractError: wrong type, shape, dtype, NaN, or an index outside a discrete space.
     """
     if not isinstance(actions, torch.Tensor):
-        raise ContractError(f"{who}.act must return (actions, memory) with actions a torch tensor, got {type(actions).__name__}.")
+        raise ContractError(
+            f"{who}.act must return (actions, memory) with actions a torch tensor, got {type(actions).__name__}."
+        )
     expected = (num_envs, *(space.shape or ()))
     if tuple(actions.shape) != expected:
         raise ContractError(
@@ -60,7 +62,9 @@ def check_actions(actions: Any, space: gymnasium.Space, num_envs: int, who: str)
             raise ContractError(f"{who}.act returned {actions.dtype} actions for {space}; return int64 indices.")
         low, high = int(space.start), int(space.start + space.n - 1)
         if bool(((actions < low) | (actions > high)).any()):
-            raise ContractError(f"{who}.act returned an action outside {low}..{high}; check the argmax or the sampling.")
+            raise ContractError(
+                f"{who}.act returned an action outside {low}..{high}; check the argmax or the sampling."
+            )
         return actions
     if not actions.is_floating_point():
         raise ContractError(f"{who}.act returned {actions.dtype} actions for {space}; return floats.")
@@ -94,7 +98,7 @@ def evaluate(
         ContractError: the agent or the environment breaks the contract; the sentence says how.
     """
     episodes, metric = task.evaluation, task.metric
-    assert isinstance(metric, Metric)  # noqa: S101 (Task.__post_init__ made it one)
+    assert isinstance(metric, Metric)
     total, rows, device, who = len(episodes), env.num_envs, env.device, type(agent).__name__
     episode = torch.arange(rows, device=device)  # which episode of the list each row plays; >= total: idle
     following = rows
@@ -129,7 +133,7 @@ def evaluate(
                 answer = timed("act", lambda: agent.act(obs, memory, first, rng=rng, task=ids, explore=False))  # noqa: B023
             except ClbenchError:
                 raise
-            except Exception as error:  # noqa: BLE001 (a plug-in's exception becomes one sentence)
+            except Exception as error:
                 raise plugin_error(agent, "act", error) from error
             if not (isinstance(answer, tuple) and len(answer) == 2):
                 raise ContractError(f"{who}.act must return the pair (actions, memory), got {type(answer).__name__}.")
@@ -145,7 +149,11 @@ def evaluate(
             first = torch.zeros_like(done)
             if bool(done.any()):
                 finished = episode[done]
-                returns[finished], length[finished], success[finished] = row_return[done], row_length[done], row_success[done]
+                returns[finished], length[finished], success[finished] = (
+                    row_return[done],
+                    row_length[done],
+                    row_success[done],
+                )
                 # rows that finished take the next episodes of the list, in row order
                 episode = torch.where(done, following + done.cumsum(0) - 1, episode)
                 following += int(done.sum())
@@ -159,10 +167,12 @@ def evaluate(
                     first = again
             elif bool((row_length > limit).any()):
                 raise ContractError(
-                    f"Task {task.name!r}: an evaluation episode of {task.env_id} did not end within {limit} steps; give the "
-                    "environment a limit with env_kwargs={'max_episode_steps': N}."
+                    f"Task {task.name!r}: an evaluation episode of {task.env_id} did not end within {limit} steps; give "
+                    "the environment a limit with env_kwargs={'max_episode_steps': N}."
                 )
-    score = success.to(torch.float64) if metric.kind == "success" else (returns - metric.low) / (metric.high - metric.low)
+    score = (
+        success.to(torch.float64) if metric.kind == "success" else (returns - metric.low) / (metric.high - metric.low)
+    )
     if not bool(torch.isfinite(score).all()):
         raise ContractError(f"Task {task.name!r}: {task.env_id} gave NaN or infinite rewards during evaluation.")
     return Episodes(score.cpu(), returns.cpu(), length.cpu(), seconds)
@@ -173,6 +183,6 @@ def _success(info: Mapping[str, Any], task: Task) -> torch.Tensor:
         if key in info:
             return torch.as_tensor(info[key]).to(torch.bool)
     raise ContractError(
-        f"Task {task.name!r} is scored by success, but {task.env_id} gives no info['is_success']; add it to the environment "
-        "or use metric='return' with bounds."
+        f"Task {task.name!r} is scored by success, but {task.env_id} gives no info['is_success']; add it to the "
+        "environment or use metric='return' with bounds."
     )

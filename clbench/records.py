@@ -147,7 +147,9 @@ def provenance() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         try:
             folder = Path(clbench.__file__).resolve().parent
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+            done = subprocess.run(
+                ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+            )
             return done.stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
@@ -208,9 +210,13 @@ class GrowingCsv:
             try:
                 with self.path.open(newline="") as file:
                     reader = csv.DictReader(file)
-                    kept = [[row.get(h) or "" for h in self.header] for row, _ in zip(reader, range(rows), strict=False)]
+                    kept = [
+                        [row.get(h) or "" for h in self.header] for row, _ in zip(reader, range(rows), strict=False)
+                    ]
             except OSError as error:
-                raise DataError(f"Cannot read {self.path}: {error.strerror}. Start the run again with --overwrite.") from error
+                raise DataError(
+                    f"Cannot read {self.path}: {error.strerror}. Start the run again with --overwrite."
+                ) from error
             if len(kept) < rows:
                 raise DataError(
                     f"{self.path} holds {len(kept)} rows but its checkpoint knows {rows}; the file was cut. Start the run "
@@ -292,7 +298,9 @@ class RunDirectory:
         except OSError as error:
             self._lock.close()
             self._lock = None
-            raise ConfigError(f"Another process is writing to {self.path}; wait for it or choose another --out.") from error
+            raise ConfigError(
+                f"Another process is writing to {self.path}; wait for it or choose another --out."
+            ) from error
         for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
 
@@ -305,8 +313,17 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Delete the files of an earlier run (only those this class writes)."""
-        for file in (self.config, self.results, self.timing, self.stream, self.checkpoint, self.eval.path, self.train.path,
-                     self.path / "rollout.png", self.path / "report.html"):
+        for file in (
+            self.config,
+            self.results,
+            self.timing,
+            self.stream,
+            self.checkpoint,
+            self.eval.path,
+            self.train.path,
+            self.path / "rollout.png",
+            self.path / "report.html",
+        ):
             file.unlink(missing_ok=True)
         for file in self.path.glob("events.out.tfevents.*"):
             file.unlink()
@@ -347,9 +364,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise DataError(f"Checkpoint {path} is corrupt (record {bad}). {advice}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
-        raise DataError(f"Checkpoint {path} is corrupt or truncated ({type(error).__name__}: {error}). {advice}") from error
+        raise DataError(
+            f"Checkpoint {path} is corrupt or truncated ({type(error).__name__}: {error}). {advice}"
+        ) from error
     except pickle.UnpicklingError as error:
-        raise DataError(f"Checkpoint {path} holds objects that are not plain data and was not read. {advice}") from error
+        raise DataError(
+            f"Checkpoint {path} holds objects that are not plain data and was not read. {advice}"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise DataError(f"Checkpoint {path} has format {found!r}, this version reads {CHECKPOINT_FORMAT}. {advice}")

@@ -27,7 +27,7 @@ from clbench.errors import ConfigError, DataError
 class Rendered:
     """Observations that are computed when they are indexed, for example pixels from stored positions.
 
-    Behaves like a tensor ``(N, *shape)`` where that is cheap: ``[rows]``, ``len``, ``shape``, ``dtype``, ``device``, ``to``.
+    Behaves like a tensor ``(N, *shape)`` where that is cheap: ``[rows]``, ``len``, ``shape``, ``dtype``, ``device``.
 
     Args:
         name: key of :data:`clbench.data.RENDERERS`, for storage.
@@ -126,12 +126,12 @@ class OfflineDataset:
     """Flat offline data on one device.
 
     Args:
-        observations: tensor ``(N, ...)``, :class:`Rendered`, or a dict of those. Goal data have the keys ``observation`` and
-            ``achieved_goal`` (which may be the same tensor).
+        observations: tensor ``(N, ...)``, :class:`Rendered`, or a dict of those. Goal data have the keys ``observation``
+            and ``achieved_goal`` (which may be the same tensor).
         actions: ``(N, A)`` float or ``(N,)`` int64.
         lengths: ``(E,)`` transitions per episode; they sum to ``N``.
-        final_observations: like ``observations`` with ``E`` rows: the observation after each episode's last action; ``None``
-            where it does not exist (one-step supervised episodes).
+        final_observations: like ``observations`` with ``E`` rows: the observation after each episode's last action;
+            ``None`` where it does not exist (one-step supervised episodes).
         task: ``(N,)`` int64 task ids where revealed (joint training), else ``None``.
         name: for error messages.
         check: verify shapes and finiteness (skipped for slices of checked data).
@@ -334,5 +334,12 @@ class OfflineDataset:
         """The same data with every row labelled as of ``task`` (or unlabelled)."""
         ids = None if task is None else torch.full((len(self),), task, dtype=torch.int64, device=self.device)
         return OfflineDataset(
-            self.observations, self.actions, self.lengths, self.final_observations, ids, self.name, self.metadata, check=False
+            self.observations,
+            self.actions,
+            self.lengths,
+            self.final_observations,
+            ids,
+            self.name,
+            self.metadata,
+            check=False,
         )

@@ -13,6 +13,7 @@ from clbench.registry import resolve
 
 def dataset_id(name: str, **options: Any) -> str:
     """``("two-rooms", wall_x=32) -> "two-rooms?wall_x=32"``; the inverse of :func:`parse_dataset_id`."""
+
     def text(value: Any) -> str:
         return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
@@ -26,7 +27,9 @@ def parse_dataset_id(identifier: str) -> tuple[str, dict[str, str]]:
     try:
         return name, dict(parse_qsl(query, strict_parsing=True, keep_blank_values=True)) if query else {}
     except ValueError as error:
-        raise ConfigError(f"Data set id {identifier!r}: the part after '?' must be key=value pairs joined by '&'.") from error
+        raise ConfigError(
+            f"Data set id {identifier!r}: the part after '?' must be key=value pairs joined by '&'."
+        ) from error
 
 
 def load_dataset(identifier: str, device: Any = "cpu") -> OfflineDataset:

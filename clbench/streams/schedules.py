@@ -1,7 +1,7 @@
 """Schedules: pure functions ``(num_tasks, budget, rng) -> [(task, budget), ...]``.
 
-``budget`` is what one task gets by default. Every schedule of ``num_tasks`` tasks spends ``num_tasks * budget`` units unless
-an option asks for more, so that agents on different schedules of one suite train equally long.
+``budget`` is what one task gets by default. Every schedule of ``num_tasks`` tasks spends ``num_tasks * budget`` units, so
+that agents on different schedules of one suite train equally long.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def shuffled(*, num_tasks: int, budget: int, rng: np.random.Generator, cycles: i
 
 
 def uniform(*, num_tasks: int, budget: int, rng: np.random.Generator, phases: int = 0) -> Slots:
-    """A task drawn uniformly for each of ``phases`` phases (0: twice the number of tasks); tasks recur or may be missing."""
+    """A task drawn uniformly for each of ``phases`` phases (0: twice the number of tasks); some may be missing."""
     pieces = _pieces(num_tasks, budget, phases)
     return [(int(t), b) for t, b in zip(rng.integers(num_tasks, size=len(pieces)), pieces, strict=True)]
 
@@ -53,9 +53,7 @@ def markov(*, num_tasks: int, budget: int, rng: np.random.Generator, phases: int
     return slots
 
 
-def blurred(
-    *, num_tasks: int, budget: int, rng: np.random.Generator, overlap: float = 0.5, slices: int = 10
-) -> Slots:
+def blurred(*, num_tasks: int, budget: int, rng: np.random.Generator, overlap: float = 0.5, slices: int = 10) -> Slots:
     """Sequential, but the boundaries are blurred.
 
     Each task's budget is cut into ``slices``. In the stretch of ``overlap`` task lengths centred on a boundary, a slice at
@@ -66,7 +64,9 @@ def blurred(
         raise ConfigError(f"overlap must be in [0, 1], got {overlap}.")
     _positive("slices", slices)
     if budget < slices:
-        raise ConfigError(f"blurred cuts each task's budget into {slices} slices, so it must be at least that; got {budget}.")
+        raise ConfigError(
+            f"blurred cuts each task's budget into {slices} slices, so it must be at least that; got {budget}."
+        )
     slots: Slots = []
     for t in range(num_tasks):
         for s, b in enumerate(_split(budget, slices)):

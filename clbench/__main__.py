@@ -1,0 +1,5 @@
+"""``python -m clbench``."""
+
+from clbench.cli.main import main
+
+main()

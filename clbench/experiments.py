@@ -1,0 +1,489 @@
+"""One run from one configuration: resolve, check, train, evaluate, write. The command line is a thin layer over this.
+
+::
+
+    import clbench
+    result = clbench.run("digits-permuted", agent="bc", seed=0)
+    result = clbench.run("digits-split", agent=MyAgent, agent_options={"lr": 1e-3}, out="runs/mine")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import clbench
+from clbench.config import build
+from clbench.contracts import Agent, Reveals, Stream
+from clbench.errors import ClbenchError, ConfigError, ContractError, Interrupted
+from clbench.loop import Loop, LoopSettings, Unit, blame, check_requirements, experience_unit, phase_records
+from clbench.metrics.continual import compute_metrics
+from clbench.metrics.log import EvalLog, read_eval_csv
+from clbench.records import (
+    RunDirectory,
+    content_hash,
+    peak_memory_bytes,
+    provenance,
+    read_json,
+    unwritable,
+    write_json,
+)
+from clbench.registry import resolve
+from clbench.rng import sealed_global_rng
+from clbench.streams.core import joint, make_stream, one_phase_per_task
+
+Protocol = Literal["sequential", "independent", "joint"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything one run depends on.
+
+    Args:
+        stream: a registered stream or ``module:function``.
+        agent: a registered agent or ``module:Class``.
+        seed: the seed of the run; stream, agent and evaluation derive their own generators from it.
+        schedule: which task comes when (``clbench list schedules``).
+        protocol: ``sequential`` (the stream), ``independent`` (a fresh agent per task), ``joint`` (all tasks at once).
+        reveals: what the agent is told: ``task_id``, ``boundaries`` or ``nothing`` (default: the stream's own).
+        budget: units per task: environment steps if an environment drives the agent, else gradient updates (default: the
+            stream's own).
+        eval_every: units between evaluations within a phase (default: a tenth of the phase; 0: at phase ends only).
+        evaluate: ``False`` switches evaluation off.
+        eval_envs: parallel environments in evaluation.
+        num_envs: parallel training environments.
+        device: torch device.
+        references: also make (or reuse) the single-task reference run that forward transfer is defined against.
+        checkpoint_seconds: wall time between checkpoints within a phase.
+        tensorboard: write TensorBoard event files.
+        agent_options: fields of the agent's ``Config``.
+        stream_options: options of the stream.
+        schedule_options: options of the schedule.
+    """
+
+    stream: str
+    agent: str
+    seed: int = 0
+    schedule: str = "sequential"
+    protocol: Protocol = "sequential"
+    reveals: Reveals | None = None
+    budget: int | None = None
+    eval_every: int | None = None
+    evaluate: bool = True
+    eval_envs: int = 512
+    num_envs: int = 8
+    device: str = "cpu"
+    references: bool = False
+    checkpoint_seconds: float = 20.0
+    tensorboard: bool = True
+    agent_options: Mapping[str, Any] = field(default_factory=dict)
+    stream_options: Mapping[str, Any] = field(default_factory=dict)
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("eval_every", 0), ("eval_envs", 1), ("num_envs", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}.")
+        if self.budget is not None and self.budget < 1:
+            raise ConfigError(f"budget must be a positive number of units, got {self.budget}.")
+        if not self.checkpoint_seconds >= 0:
+            raise ConfigError(f"checkpoint_seconds must be >= 0, got {self.checkpoint_seconds}.")
+        check_device(self.device)
+
+
+# settings that change how a run is made but not what comes out; a resumed run may change them
+FREE = ("references", "checkpoint_seconds", "tensorboard")
+
+
+def check_device(device: str) -> None:
+    """Raise :class:`ConfigError` for a device that torch does not know or this machine does not have."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"Unknown device {device!r}; use cpu, cuda or cuda:N.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"No GPU is available for device {device!r}; use --device cpu, or install a CUDA build of torch."
+        )
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration with its names looked up and checked."""
+
+    config: RunConfig
+    agent_class: type[Agent]
+    agent_config: Any
+    stream: Stream
+    unit: Unit
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with everything that changes the result."""
+        plain = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE}
+        return content_hash(
+            [
+                plain,
+                dataclasses.asdict(self.agent_config),
+                self.stream.to_dict(),
+                clbench.__version__,
+                torch.__version__,
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run is and what it gave: the content of ``results.json`` and, in this process, the trained agent."""
+
+    path: Path
+    results: Mapping[str, Any]
+    stream: Stream
+    agent: Agent | None = None
+
+    @property
+    def metrics(self) -> Mapping[str, float | None]:
+        return self.results["metrics"]
+
+
+def name_of(plugin: Any) -> str:
+    """``module:Class`` for a class, the text itself for a name."""
+    return plugin if isinstance(plugin, str) else f"{plugin.__module__}:{plugin.__qualname__}"
+
+
+def resolve_run(config: RunConfig, *, agent_class: Any = None, stream: Stream | None = None) -> Resolved:
+    """Look up and check everything that can be checked before training.
+
+    Args:
+        agent_class: use this class instead of looking up ``config.agent``.
+        stream: use this stream instead of making ``config.stream``.
+    """
+    found = resolve("agents", config.agent) if agent_class is None else agent_class
+    if not (isinstance(found, type) and issubclass(found, Agent)):
+        raise ContractError(f"Agent {config.agent!r} must be a subclass of clbench.Agent, got {found!r}.")
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if missing:
+        raise ContractError(f"Agent {config.agent!r} does not define {', '.join(missing)}; see docs/add_an_agent.md.")
+    agent_config = build(found.Config, config.agent_options, where=f"agent {config.agent!r}")
+
+    def made(unit: Unit) -> Stream:
+        return make_stream(
+            config.stream, seed=config.seed, schedule=config.schedule, budget=config.budget, unit=unit,
+            reveals=config.reveals, options=config.stream_options, schedule_options=config.schedule_options,
+        )  # fmt: skip
+
+    if stream is None:
+        stream = made("updates")
+        unit = experience_unit(found, stream)
+        stream = stream if unit == "updates" else made(unit)
+    unit = experience_unit(found, stream)
+    stream = {"sequential": lambda s: s, "independent": one_phase_per_task, "joint": joint}[config.protocol](stream)
+    return Resolved(config, found, agent_config, stream, unit)
+
+
+def default_out(config: RunConfig, root: str | Path = "runs") -> Path:
+    """``runs/STREAM/AGENT[-SCHEDULE][-PROTOCOL]/seed-N``."""
+
+    def safe(text: str) -> str:
+        return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in text)
+
+    parts = [safe(config.agent)]
+    parts += [safe(config.schedule)] if config.schedule != "sequential" else []
+    parts += [config.protocol] if config.protocol != "sequential" else []
+    return Path(root) / safe(config.stream) / "-".join(parts) / f"seed-{config.seed}"
+
+
+def run(
+    stream: str | Stream,
+    agent: str | type[Agent],
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Resolved], contextlib.AbstractContextManager[Any]] | None = None,
+    reference_root: str | Path | None = None,
+    **settings: Any,
+) -> RunResult:
+    """Run one agent on one stream, or go on with a run that was stopped.
+
+    Args:
+        stream: a registered name, ``module:function``, or a :class:`clbench.Stream`.
+        agent: a registered name, ``module:Class``, or a class.
+        out: run directory (default: see :func:`default_out`). If it holds an interrupted run of the same configuration,
+            that run goes on; a complete one is returned as it is; one of another configuration is refused.
+        overwrite: start again in ``out``, deleting what is there.
+        progress: makes a context manager that shows progress (the command line's).
+        reference_root: folder of cached reference runs (default: ``references`` beside the runs).
+        **settings: fields of :class:`RunConfig`.
+
+    Raises:
+        ConfigError, DataError, ContractError: bad input, with what to do.
+        Interrupted: Ctrl-C; everything done is saved, the same call goes on.
+    """
+    config = build(RunConfig, {**settings, "stream": _stream_name(stream), "agent": name_of(agent)}, where="run")
+    with sealed_global_rng():
+        resolved = resolve_run(
+            config,
+            agent_class=None if isinstance(agent, str) else agent,
+            stream=stream if isinstance(stream, Stream) else None,
+        )
+        path = Path(out) if out is not None else default_out(config)
+        reference = None
+        if config.references and config.protocol == "sequential":
+            root = Path(reference_root) if reference_root is not None else _beside(path, config)
+            reference = reference_run(resolved, root, progress)
+        return _run_in(resolved, path, overwrite, progress, reference)
+
+
+def _stream_name(stream: str | Stream) -> str:
+    return stream.name if isinstance(stream, Stream) else stream
+
+
+def _beside(path: Path, config: RunConfig) -> Path:
+    """``runs/references`` for the default layout, else ``references`` beside the run directory."""
+    default = default_out(config, root="")
+    root = path.parents[len(default.parts) - 1] if path.parts[-len(default.parts) :] == default.parts else path.parent
+    return root / "references"
+
+
+def reference_run(
+    resolved: Resolved, root: Path, progress: Callable[[Resolved], contextlib.AbstractContextManager[Any]] | None = None
+) -> EvalLog:
+    """The single-task runs of the same agent and seed, made once and kept under a hash of all they depend on."""
+    config = dataclasses.replace(
+        resolved.config, protocol="independent", schedule="sequential", schedule_options={}, references=False
+    )
+    alone = dataclasses.replace(resolved, config=config, stream=one_phase_per_task(resolved.stream))
+    path = root / alone.fingerprint
+    _run_in(alone, path, False, progress, None)
+    return read_eval_csv(path / "eval.csv")
+
+
+def _run_in(
+    resolved: Resolved,
+    path: Path,
+    overwrite: bool,
+    progress: Callable[[Resolved], contextlib.AbstractContextManager[Any]] | None,
+    reference: EvalLog | None,
+) -> RunResult:
+    directory = RunDirectory(path)
+    directory.open()
+    try:
+        if overwrite:
+            directory.clear()
+        status = directory.status()
+        if status is not None:
+            _same_configuration(resolved, directory)
+        if status == "complete" and directory.checkpoint.exists():
+            results = write_results(resolved, directory, "complete", read_json(directory.results)["cost"], reference)
+            return RunResult(path, results, resolved.stream)
+        with _stopping() as should_stop:
+            loop = _make_loop(resolved, directory, should_stop)
+            if status is None:
+                write_json(directory.stream, resolved.stream.to_dict())
+                write_json(directory.config, _config_record(resolved))
+            start, status = time.perf_counter(), "interrupted"
+            try:
+                with progress(resolved) if progress is not None else contextlib.nullcontext() as bar:
+                    if bar is not None:
+                        loop.on_progress = bar
+                    loop.run()
+                status = "complete"
+            except OSError as error:
+                raise unwritable(path, error) from error
+            finally:
+                if directory.checkpoint.exists():
+                    results = write_results(resolved, directory, status, loop.cost(), reference)
+                    _write_timing(loop, directory, time.perf_counter() - start)
+        return RunResult(path, results, resolved.stream, loop.agent)
+    finally:
+        directory.close()
+
+
+def _make_loop(resolved: Resolved, directory: RunDirectory, should_stop: Callable[[], None]) -> Loop:
+    config = resolved.config
+
+    def make_agent(spaces: Any, device: torch.device, rng: torch.Generator) -> Agent:
+        check_requirements(resolved.agent_class, config.agent, resolved.stream, spaces)
+        with blame(resolved.agent_class.__name__, "__init__"):
+            return resolved.agent_class(spaces, resolved.agent_config, device=device, rng=rng)
+
+    return Loop(
+        stream=resolved.stream,
+        make_agent=make_agent,
+        agent_name=config.agent,
+        settings=LoopSettings(
+            seed=config.seed,
+            device=config.device,
+            eval_every=config.eval_every,
+            evaluate=config.evaluate,
+            eval_envs=config.eval_envs,
+            num_envs=config.num_envs,
+            fresh_agent=config.protocol == "independent",
+            checkpoint_seconds=config.checkpoint_seconds,
+            tensorboard=config.tensorboard,
+        ),  # fmt: skip
+        directory=directory,
+        unit=resolved.unit,
+        fingerprint=resolved.fingerprint,
+        should_stop=should_stop,
+    )
+
+
+# -- stopping ------------------------------------------------------------------------------------------------------------
+
+GRACE_SECONDS = 6.0
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[Callable[[], None]]:
+    """Ctrl-C asks the loop to stop at the next yield; if that takes too long (or at a second Ctrl-C) it stops at once.
+
+    Stopping at once loses only what was done since the last checkpoint.
+    """
+    asked = threading.Event()
+
+    def should_stop() -> None:
+        if asked.is_set():
+            raise Interrupted("Stopped by the user.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield should_stop
+        return
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
+
+    def on_alarm(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGINT, on_interrupt), signal.signal(signal.SIGALRM, on_alarm)
+    try:
+        yield should_stop
+    except KeyboardInterrupt as stop:
+        raise Interrupted("Stopped by the user.") from stop
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGINT, old[0])
+        signal.signal(signal.SIGALRM, old[1])
+
+
+# -- result files --------------------------------------------------------------------------------------------------------
+
+
+def _config_record(resolved: Resolved) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "config": {**dataclasses.asdict(resolved.config), "agent_options": dataclasses.asdict(resolved.agent_config)},
+        "unit": resolved.unit,
+        "reveals": resolved.stream.reveals,
+        "tasks": [t.name for t in resolved.stream.tasks],
+        "phases": phase_records(resolved.stream),
+        "stream_hash": content_hash(resolved.stream.to_dict()),
+        "fingerprint": resolved.fingerprint,
+        "provenance": provenance(),
+    }
+
+
+def _same_configuration(resolved: Resolved, directory: RunDirectory) -> None:
+    """Refuse to go on with a run of another configuration; name what differs."""
+    saved = read_json(directory.config)
+    if saved.get("fingerprint") == resolved.fingerprint:
+        return
+    ours = _config_record(resolved)
+    differences = []
+    for key in ("config", "stream_hash", "provenance"):
+        old, new = saved.get(key), ours[key]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            wanted = ("clbench", "torch") if key == "provenance" else [k for k in {**old, **new} if k not in FREE]
+            differences += [
+                f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in wanted if old.get(k) != new.get(k)
+            ]
+        elif old != new:
+            differences.append(f"{key}: {old!r} there, {new!r} now")
+    raise ConfigError(
+        f"{directory.path} holds a run of another configuration ({'; '.join(differences) or 'another version'}). Choose "
+        "another folder with --out, or --overwrite to start again there."
+    )
+
+
+def write_results(
+    resolved: Resolved, directory: RunDirectory, status: str, cost: Mapping[str, Any], reference: EvalLog | None
+) -> dict[str, Any]:
+    """``results.json``: a pure function of ``eval.csv``, the configuration and the deterministic counts.
+
+    It holds no wall times, so that a run that was killed and resumed gives the same file as one that was not.
+    """
+    config, stream = resolved.config, resolved.stream
+    log = read_eval_csv(directory.eval.path)
+    tasks = [t.name for t in stream.tasks]
+    results = {
+        "schema": 1,
+        "status": status,
+        "stream": config.stream,
+        "agent": config.agent,
+        "seed": config.seed,
+        "schedule": config.schedule,
+        "protocol": config.protocol,
+        "reveals": stream.reveals,
+        "unit": resolved.unit,
+        "budgets": [p.budget for p in stream.phases],
+        "tasks": tasks,
+        "matrix": _with_nulls(log.matrix(tasks, len(stream.phases))),
+        "metrics": compute_metrics(log, tasks, stream.phases, reference),
+        "cost": dict(cost),
+        "provenance": provenance(),
+    }
+    write_json(directory.results, results)
+    return results
+
+
+def _with_nulls(matrix: Any) -> list[list[float | None]]:
+    return [[None if v != v else float(v) for v in row] for row in matrix.tolist()]
+
+
+def _write_timing(loop: Loop, directory: RunDirectory, total: float) -> None:
+    """``timing.json``: what was measured, added up over the processes that worked on the run."""
+    timing = loop.timing
+    now = {
+        "total": total,
+        "learn": timing.learn,
+        "environment": timing.environment,
+        "update": max(timing.learn - timing.environment, 0.0),
+        "evaluate": timing.evaluate,
+        "evaluate_environment": timing.evaluate_environment,
+        "evaluate_act": timing.evaluate_act,
+        "checkpoint": timing.checkpoint,
+    }
+    before = {}
+    if directory.timing.exists():
+        with contextlib.suppress(ClbenchError, AttributeError):
+            before = dict(read_json(directory.timing).get("wall_time_s", {}))
+    write_json(
+        directory.timing,
+        {
+            "schema": 1,
+            "wall_time_s": {k: round(v + float(before.get(k, 0.0)), 6) for k, v in now.items()},
+            "peak_memory_bytes": peak_memory_bytes(),
+        },
+    )
+
+
+def run_many(runs: Sequence[Mapping[str, Any]], **common: Any) -> list[RunResult]:
+    """Several runs, one after the other; finished ones are not repeated."""
+    return [run(**{**common, **settings}) for settings in runs]
+
+
+__all__ = ["RunConfig", "RunResult", "default_out", "reference_run", "resolve_run", "run", "run_many"]

@@ -1,0 +1,617 @@
+"""The one episode/task loop: train on the stream, evaluate in between, checkpoint, stop and resume.
+
+A run is a list of *segments*, each one call of ``agent.learn``. A phase is one segment; where the stream reveals nothing, a
+phase is cut into equal segments, so that a new call says nothing about a new task. Between two yields of ``learn`` the loop
+may evaluate, write a checkpoint, or stop. Everything random is derived by name from the run's seed, so what happens in
+evaluation cannot reach training, and a segment can be taken up again from the states in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from clbench.contracts import Agent, Experience, Phase, Spaces, Stream, Task, TaskInfo, VectorEnv
+from clbench.data.dataset import OfflineDataset
+from clbench.data.registry import load_dataset
+from clbench.envs.concat import concat
+from clbench.envs.make import make_env
+from clbench.errors import ClbenchError, ConfigError, ContractError, DataError, Interrupted
+from clbench.evaluate import evaluate, plugin_error
+from clbench.records import RunDirectory, load_checkpoint, save_checkpoint, state_bytes, state_digest
+from clbench.rng import derive_seed, get_global_state, sealed_global_rng, seed_global, set_global_state, torch_generator
+
+Unit = Literal["updates", "env_steps"]
+SEGMENTS_PER_HIDDEN_PHASE = 10
+LOG_POINTS_PER_PHASE = 200
+
+
+# -- what a stream must offer an agent -----------------------------------------------------------------------------------
+
+
+def experience_unit(agent_class: type[Agent], stream: Stream) -> Unit:
+    """What a budget counts for this agent: environment steps if an environment drives it, else gradient updates."""
+    if "env" in agent_class.requires:
+        return "env_steps"
+    if "dataset" in agent_class.requires or all(t.dataset_id for t in stream.tasks):
+        return "updates"
+    return "env_steps"
+
+
+def check_requirements(agent_class: type[Agent], agent_name: str, stream: Stream, spaces: Spaces) -> None:
+    """Compare what the agent requires with what the stream gives, before anything is trained.
+
+    Raises:
+        ConfigError: one sentence that names the requirement and the way out.
+    """
+    import gymnasium
+
+    obs = spaces.observation
+    is_goal = isinstance(obs, gymnasium.spaces.Dict) and "desired_goal" in obs.spaces
+    part = obs["observation"] if isinstance(obs, gymnasium.spaces.Dict) and "observation" in obs.spaces else obs
+    pixels = isinstance(part, gymnasium.spaces.Box) and part.dtype == "uint8" and len(part.shape) == 3
+    discrete = isinstance(spaces.action, gymnasium.spaces.Discrete)
+    without_data = [t.name for t in stream.tasks if not t.dataset_id]
+    told = {"task_id": ("task_id",), "boundaries": ("task_id", "boundaries")}
+    met = {
+        "dataset": (not without_data, f"the tasks {without_data} have no data set"),
+        "env": (True, ""),
+        "goal": (is_goal, "its observations have no desired_goal"),
+        "task_id": (stream.reveals in told["task_id"], f"it reveals {stream.reveals!r}; add --reveals task_id"),
+        "boundaries": (
+            stream.reveals in told["boundaries"],
+            f"it reveals {stream.reveals!r}; add --reveals boundaries",
+        ),
+        "discrete": (discrete, f"its actions are {spaces.action}"),
+        "continuous": (not discrete, f"its actions are {spaces.action}"),
+        "pixels": (pixels, f"its observations are {obs}"),
+        "state": (not pixels, f"its observations are {obs}"),
+    }
+    for requirement in sorted(agent_class.requires):
+        if requirement not in met:
+            raise ConfigError(f"Agent {agent_name!r} requires {requirement!r}, which is not one of {sorted(met)}.")
+        ok, reason = met[requirement]
+        if not ok:
+            raise ConfigError(
+                f"Agent {agent_name!r} requires {requirement!r}, but stream {stream.name!r} does not offer it: {reason}."
+            )
+
+
+def segments_of(stream: Stream) -> list[tuple[int, int]]:
+    """(phase index, budget) per call of ``learn``; see the module's docstring."""
+    if stream.reveals != "nothing":
+        return [(i, p.budget) for i, p in enumerate(stream.phases)]
+    common, shortest = math.gcd(*(p.budget for p in stream.phases)), min(p.budget for p in stream.phases)
+    target = max(1, shortest // SEGMENTS_PER_HIDDEN_PHASE)
+    size = max(d for d in range(1, min(target, common) + 1) if common % d == 0)
+    if size * 10 < target:  # no useful common divisor: nearly equal segments are the best that can be done
+        size = target
+    segments = []
+    for i, phase in enumerate(stream.phases):
+        count = math.ceil(phase.budget / size)
+        segments += [(i, phase.budget * (k + 1) // count - phase.budget * k // count) for k in range(count)]
+    return segments
+
+
+# -- counting ------------------------------------------------------------------------------------------------------------
+
+
+class MeteredEnv:
+    """A training environment that counts its steps and the time they take, and checks what the agent sends."""
+
+    def __init__(self, env: VectorEnv, agent_name: str):
+        self._env, self._agent_name = env, agent_name
+        self.steps, self.seconds = 0, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def reset(self, **arguments: Any) -> Any:
+        start = time.perf_counter()
+        answer = self._env.reset(**arguments)
+        self.seconds += time.perf_counter() - start
+        return answer
+
+    def step(self, actions: Any) -> Any:
+        start = time.perf_counter()
+        answer = self._env.step(actions)
+        self.seconds += time.perf_counter() - start
+        self.steps += self._env.num_envs
+        return answer
+
+
+@dataclass
+class Position:
+    """How far a run is; with the agent, generator and environment states this is all that a checkpoint holds."""
+
+    segment: int = 0
+    consumed: int = 0  # units within the segment
+    inside: bool = False  # whether the segment has begun (start_task called, environment reset)
+    done_before: int = 0  # units of all earlier segments
+    evaluated: int = -1  # step of the last evaluation, -1 for none
+    evaluated_phase: int = -1
+    logged: int = 0  # step of the last row of train.csv
+    env_steps: int = 0
+    updates: int = 0
+
+    @property
+    def step(self) -> int:
+        return self.done_before + self.consumed
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop itself needs to know (the rest of a run's configuration belongs to :mod:`clbench.experiments`).
+
+    Args:
+        seed: of the run.
+        device: torch device.
+        eval_every: units between evaluations within a phase; ``None`` for ten per phase, 0 for phase ends only.
+        evaluate: ``False`` for no evaluation at all.
+        eval_envs: parallel environments in evaluation (at most the length of the list).
+        num_envs: parallel training environments.
+        fresh_agent: a new agent for every phase, evaluated on its own task only (protocol ``independent``).
+        checkpoint_seconds: wall time between checkpoints (they are also written at the end of every segment).
+        tensorboard: write TensorBoard event files.
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    eval_every: int | None = None
+    evaluate: bool = True
+    eval_envs: int = 512
+    num_envs: int = 8
+    fresh_agent: bool = False
+    checkpoint_seconds: float = 20.0
+    tensorboard: bool = True
+
+
+@dataclass
+class Timing:
+    """Wall time of this process, by what it was spent on (seconds)."""
+
+    learn: float = 0.0
+    environment: float = 0.0
+    evaluate: float = 0.0
+    evaluate_environment: float = 0.0
+    evaluate_act: float = 0.0
+    checkpoint: float = 0.0
+
+
+@dataclass
+class Loop:
+    """One run of one agent on one stream. :meth:`run` trains to the end, or until ``should_stop`` raises.
+
+    Args:
+        stream: the stream.
+        make_agent: ``(spaces, device, rng) -> Agent``.
+        agent_name: for messages and the checkpoint.
+        directory: where everything is written; must be open.
+        fingerprint: of the configuration; a checkpoint of another one is refused.
+        should_stop: called often; raises :class:`Interrupted` to stop.
+        on_progress: called with (position, latest metrics, latest scores).
+    """
+
+    stream: Stream
+    make_agent: Callable[[Spaces, torch.device, torch.Generator], Agent]
+    agent_name: str
+    settings: LoopSettings
+    directory: RunDirectory
+    unit: Unit
+    fingerprint: str = ""
+    should_stop: Callable[[], None] = lambda: None
+    on_progress: Callable[[Position, Mapping[str, float], Mapping[str, float]], None] = lambda *_: None
+    position: Position = field(default_factory=Position)
+    timing: Timing = field(default_factory=Timing)
+
+    def __post_init__(self) -> None:
+        self.device = torch.device(self.settings.device)
+        self.segments = segments_of(self.stream)
+        self.total = sum(b for _, b in self.segments)
+        self.scores: dict[str, float] = {}
+        self._eval_envs: dict[str, VectorEnv] = {}
+        self._datasets: dict[str, OfflineDataset] = {}
+        self._purity_checked = False
+        self._last_checkpoint = time.monotonic()
+        self._checkpoint_cost = 0.0
+        self._writer: Any = None
+        self.spaces = self._common_spaces()
+        self.agent = self._new_agent()
+
+    # -- the loop -------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train through all segments.
+
+        Raises:
+            Interrupted: ``should_stop`` asked for it; a checkpoint has been written.
+            ContractError: the agent or an environment broke its contract.
+        """
+        learn_state = None
+        if self.directory.checkpoint.exists():
+            learn_state = self._restore()
+        else:
+            self.directory.eval.restart()
+            self.directory.train.restart()
+        try:
+            self._evaluate_phase_end()
+            while self.position.segment < len(self.segments):
+                self._run_segment(learn_state)
+                learn_state = None
+                self._evaluate_phase_end()
+        except (Interrupted, KeyboardInterrupt) as stop:
+            raise Interrupted("Stopped by the user.") from stop
+        finally:
+            self._close()
+
+    def _evaluate_phase_end(self) -> None:
+        """Row 0 before training, row i after phase i. Training up to here is already saved."""
+        segment = self.position.segment
+        if segment == 0:
+            if self.settings.fresh_agent or self.position.inside:
+                return
+            phase = 0
+        else:
+            index = self.segments[segment - 1][0]
+            if segment < len(self.segments) and self.segments[segment][0] == index:
+                return  # in the middle of a phase
+            phase = index + 1
+        if not self.position.inside and self._evaluate_now(phase):
+            self._checkpoint(None)
+
+    def _run_segment(self, learn_state: Mapping[str, Any] | None) -> None:
+        position = self.position
+        index, budget = self.segments[position.segment]
+        phase = self.stream.phases[index]
+        begins = position.segment == 0 or self.segments[position.segment - 1][0] != index
+        told = self.stream.reveals != "nothing"
+        rng = torch_generator(self.settings.seed, "agent", "learn", position.segment, device=self.device)
+        experience, meter = self._experience(phase, position.segment)
+        if learn_state is not None:  # resumed inside this segment
+            rng.set_state(learn_state["rng"])
+            if experience.env is not None:
+                experience.env.load_state_dict(learn_state["env"])
+        else:
+            if self.settings.fresh_agent and begins:
+                self.agent = self._new_agent()
+                self._evaluate_now(phase=index + 1)
+            if experience.env is not None:
+                experience.env.reset(seed=derive_seed(self.settings.seed, "stream", "env", position.segment))
+            if told:
+                with blame(self.agent, "start_task"):
+                    self.agent.start_task(self._task_info(phase))
+            position.inside = True
+        self._learn(experience, meter, rng, phase, index)
+        if told:
+            with blame(self.agent, "finish_task"):
+                self.agent.finish_task()
+        position.done_before += budget
+        position.consumed, position.inside, position.segment = 0, False, position.segment + 1
+        if experience.env is not None:
+            experience.env.close()
+        self._checkpoint(None)
+
+    def _learn(
+        self, experience: Experience, meter: MeteredEnv | None, rng: torch.Generator, phase: Phase, index: int
+    ) -> None:
+        """Drive one call of ``agent.learn`` to the end of its budget."""
+        position, budget = self.position, self.segments[self.position.segment][1]
+        resumed_at = position.consumed
+        steps_before = position.env_steps
+        every = self.settings.eval_every
+        every = max(1, phase.budget // 10) if every is None else every
+        phase_start = sum(b for i, b in self.segments[: position.segment] if i < index)
+        log_every = max(1, phase.budget // LOG_POINTS_PER_PHASE)
+        learning = iter(self._timed_learn(experience, budget - resumed_at, rng))
+        for count, metrics in enumerate(learning, start=1):
+            position.consumed = self._units(metrics, count, resumed_at, budget)
+            if meter is not None:
+                position.env_steps = steps_before + meter.steps
+            self._log(metrics, index + 1, log_every)
+            self.on_progress(position, metrics, self.scores)
+            if position.consumed >= budget:
+                continue  # what the agent does after its last yield belongs to this segment: do not stop before it is done
+            try:
+                since, last = position.step - phase_start, max(position.evaluated - phase_start, 0)
+                if every and since // every > last // every:
+                    self._evaluate_now(phase=index + 1)
+                self.should_stop()
+            except (Interrupted, KeyboardInterrupt):
+                self._checkpoint(self._learn_state(rng, experience))
+                learning.close()
+                raise
+            if time.monotonic() - self._last_checkpoint > max(
+                self.settings.checkpoint_seconds, 10 * self._checkpoint_cost
+            ):
+                self._checkpoint(self._learn_state(rng, experience))
+        position.consumed = budget
+        if meter is not None:
+            position.env_steps = steps_before + meter.steps
+            self.timing.environment += meter.seconds
+        if self.unit == "updates":
+            position.updates += budget
+
+    def _timed_learn(self, experience: Experience, budget: int, rng: torch.Generator) -> Iterator[Mapping[str, float]]:
+        """``agent.learn`` with its time measured and its exceptions in one sentence."""
+        iterator = None
+        try:
+            while True:
+                start = time.perf_counter()
+                try:
+                    if iterator is None:
+                        iterator = iter(self.agent.learn(experience, budget, rng=rng))
+                    metrics = next(iterator)
+                except StopIteration:
+                    return
+                except (ClbenchError, KeyboardInterrupt):
+                    raise
+                except Exception as error:
+                    raise plugin_error(self.agent, "learn", error) from error
+                finally:
+                    self.timing.learn += time.perf_counter() - start
+                if not isinstance(metrics, Mapping):
+                    raise ContractError(
+                        f"{self.agent_name}.learn must yield mappings of metric names to floats, "
+                        f"got {type(metrics).__name__}."
+                    )
+                yield metrics
+        finally:
+            if iterator is not None and hasattr(iterator, "close"):
+                iterator.close()
+
+    def _units(self, metrics: Mapping[str, float], count: int, resumed_at: int, budget: int) -> int:
+        """Units of the segment consumed so far: what the agent says, or one per yield."""
+        said = metrics.get("step")
+        consumed = resumed_at + (count if said is None else int(said))
+        if said is not None and not self.position.consumed <= consumed <= budget:
+            raise ContractError(
+                f"{self.agent_name}.learn yielded step={int(said)} after {self.position.consumed - resumed_at}, with a "
+                f"budget of {budget - resumed_at}: 'step' counts the units consumed since the call began; it may not fall or "
+                "exceed the budget."
+            )
+        return min(consumed, budget)
+
+    # -- experience -----------------------------------------------------------------------------------------------------
+
+    def _experience(self, phase: Phase, segment: int) -> tuple[Experience, MeteredEnv | None]:
+        """New objects for every segment, so that identity reveals nothing."""
+        requires, tasks = type(self.agent).requires, [self.stream.task(n) for n in phase.tasks]
+        with_data = all(t.dataset_id for t in tasks) and ("dataset" in requires or "env" not in requires)
+        with_env = "env" in requires or not with_data
+        dataset, env = None, None
+        if with_data:
+            parts = [self._dataset(t) for t in tasks]
+            dataset = copy.copy(parts[0]) if len(parts) == 1 else OfflineDataset.concatenate(parts)
+        if with_env:
+            rows = [
+                self.settings.num_envs // len(tasks) + (i < self.settings.num_envs % len(tasks))
+                for i in range(len(tasks))
+            ]
+            if min(rows) < 1:
+                raise ConfigError(
+                    f"Joint training of {len(tasks)} tasks needs at least as many environments; raise --num-envs."
+                )
+            envs = [make_env(t.env_id, n, self.device, **t.env_kwargs) for t, n in zip(tasks, rows, strict=True)]
+            env = MeteredEnv(envs[0] if len(envs) == 1 else concat(envs), self.agent_name)
+        return Experience(dataset, env), env  # type: ignore[arg-type]
+
+    def _dataset(self, task: Task) -> OfflineDataset:
+        assert task.dataset_id is not None
+        if task.name not in self._datasets:
+            revealed = self.stream.tasks.index(task) if self.stream.reveals == "task_id" else None
+            self._datasets[task.name] = load_dataset(task.dataset_id, self.device).with_task(revealed)
+        return self._datasets[task.name]
+
+    def _task_info(self, phase: Phase) -> TaskInfo:
+        if self.stream.reveals != "task_id" or not isinstance(phase.task, str):
+            return TaskInfo()
+        return TaskInfo([t.name for t in self.stream.tasks].index(phase.task), phase.task)
+
+    def _common_spaces(self) -> Spaces:
+        """The spaces of all tasks, which must be equal."""
+        found: Spaces | None = None
+        for task in self.stream.tasks:
+            env = make_env(task.env_id, 1, self.device, autoreset="disabled", **task.env_kwargs)
+            spaces = Spaces(env.single_observation_space, env.single_action_space)
+            env.close()
+            if found is not None and spaces != found:
+                raise ConfigError(
+                    f"The spaces change within stream {self.stream.name!r}: task {task.name!r} has observations "
+                    f"{spaces.observation} and actions {spaces.action}, task {self.stream.tasks[0].name!r} has "
+                    f"{found.observation} and {found.action}. All tasks of a stream must share their spaces."
+                )
+            found = spaces
+        assert found is not None
+        return found
+
+    def _new_agent(self) -> Agent:
+        """The agent; while a run lasts, the process-wide generators belong to it (see :func:`clbench.experiments.run`)."""
+        seed_global(derive_seed(self.settings.seed, "agent", "global"))
+        rng = torch_generator(self.settings.seed, "agent", "init", device=self.device)
+        return self.make_agent(self.spaces, self.device, rng)
+
+    # -- evaluation -----------------------------------------------------------------------------------------------------
+
+    def _evaluate_now(self, phase: int) -> bool:
+        """One row of the performance matrix, or a point of the learning curves; changes nothing in training.
+
+        Returns whether there was something to do.
+        """
+        position = self.position
+        if not self.settings.evaluate or (position.evaluated, position.evaluated_phase) == (position.step, phase):
+            return False
+        start = time.perf_counter()
+        current = self.stream.phases[phase - 1].tasks if phase else ()
+        tasks = [t for t in self.stream.tasks if not self.settings.fresh_agent or t.name in current]
+        before = None if self._purity_checked else state_digest(self.agent.state_dict())
+        rows: list[tuple[Any, ...]] = []
+        with sealed_global_rng():
+            for task in tasks:
+                number = self.stream.tasks.index(task)
+                episodes = evaluate(
+                    self.agent,
+                    task,
+                    self._eval_env(task),
+                    rng=torch_generator(self.settings.seed, "evaluation", task.name, device=self.device),
+                    task_id=number if self.stream.reveals == "task_id" else None,
+                    should_stop=self.should_stop,
+                )
+                visit = sum(task.name in p.tasks for p in self.stream.phases[:phase])
+                self.scores[task.name] = float(episodes.score.mean())
+                self.timing.evaluate_environment += episodes.seconds["environment"]
+                self.timing.evaluate_act += episodes.seconds["act"]
+                rows += [
+                    (phase, visit, position.step, task.name, i, f"{s:.10g}", f"{r:.10g}", n)
+                    for i, (s, r, n) in enumerate(
+                        zip(episodes.score.tolist(), episodes.returns.tolist(), episodes.length.tolist(), strict=True)
+                    )
+                ]
+        if before is not None:
+            self._check_purity(before)
+        self.directory.eval.append(rows)
+        position.evaluated, position.evaluated_phase = position.step, phase
+        if self._tensorboard() is not None:
+            for task in tasks:
+                self._writer.add_scalar(f"evaluation/{task.name}", self.scores[task.name], position.step)
+        self.timing.evaluate += time.perf_counter() - start
+        return True
+
+    def _check_purity(self, before: Mapping[str, str]) -> None:
+        after = state_digest(self.agent.state_dict())
+        changed = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+        if changed:
+            raise ContractError(
+                f"Evaluation changed the agent {self.agent_name!r} (first changed entry of state_dict: {changed[0]!r}); act "
+                "must not change the agent when explore=False."
+            )
+        self._purity_checked = True
+
+    def _eval_env(self, task: Task) -> VectorEnv:
+        if task.name not in self._eval_envs:
+            rows = max(1, min(self.settings.eval_envs, len(task.evaluation)))
+            self._eval_envs[task.name] = make_env(
+                task.env_id, rows, self.device, autoreset="disabled", **task.env_kwargs
+            )
+        return self._eval_envs[task.name]
+
+    # -- checkpoint and resume ------------------------------------------------------------------------------------------
+
+    def _learn_state(self, rng: torch.Generator, experience: Experience) -> dict[str, Any]:
+        return {
+            "rng": rng.get_state(),
+            "env": None if experience.env is None else experience.env.state_dict(),
+        }
+
+    def _checkpoint(self, learn_state: Mapping[str, Any] | None) -> None:
+        start = time.perf_counter()
+        self.directory.eval.sync()
+        self.directory.train.sync()
+        save_checkpoint(
+            self.directory.checkpoint,
+            {
+                "fingerprint": self.fingerprint,
+                "agent_name": self.agent_name,
+                "position": dataclasses.asdict(self.position),
+                "agent": self.agent.state_dict(),
+                "global_rng": get_global_state(),
+                "learn": learn_state,
+                "eval_rows": self.directory.eval.rows,
+                "train_rows": self.directory.train.rows,
+                "train_header": self.directory.train.header,
+                "scores": self.scores,
+            },
+        )
+        self._checkpoint_cost = time.perf_counter() - start
+        self.timing.checkpoint += self._checkpoint_cost
+        self._last_checkpoint = time.monotonic()
+
+    def _restore(self) -> Mapping[str, Any] | None:
+        """Load the checkpoint; returns the state inside a segment, or ``None`` between segments."""
+        path = self.directory.checkpoint
+        saved = load_checkpoint(path)
+        if saved.get("agent_name") != self.agent_name or saved.get("fingerprint") != self.fingerprint:
+            raise DataError(
+                f"Checkpoint {path} belongs to another run (agent {saved.get('agent_name')!r}, this one is {self.agent_name!r}, "
+                "or other settings or another version); use --overwrite to start again or --out for another folder."
+            )
+        self.position = Position(**saved["position"])
+        with blame(self.agent, "load_state_dict"):
+            self.agent.load_state_dict(saved["agent"])
+        self.scores = dict(saved["scores"])
+        self.directory.eval.restart(saved["eval_rows"])
+        self.directory.train.restart(saved["train_rows"], saved["train_header"])
+        set_global_state(saved["global_rng"])
+        self._purity_checked = True
+        return saved["learn"] if self.position.inside else None
+
+    # -- logs -----------------------------------------------------------------------------------------------------------
+
+    def _log(self, metrics: Mapping[str, float], phase: int, log_every: int) -> None:
+        values = {k: float(v) for k, v in metrics.items() if k != "step"}
+        position = self.position
+        if not values or position.step - position.logged < log_every:
+            return
+        self.directory.train.append_mapping(
+            {"step": position.step, "phase": phase, **{k: f"{v:.8g}" for k, v in values.items()}}
+        )
+        position.logged = position.step
+        if self._tensorboard() is not None:
+            for key, value in values.items():
+                self._writer.add_scalar(f"train/{key}", value, position.step)
+
+    def _tensorboard(self) -> Any:
+        if self._writer is None and self.settings.tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.directory.path), purge_step=self.position.step)
+        return self._writer
+
+    def _close(self) -> None:
+        self.directory.eval.sync()
+        self.directory.train.sync()
+        if self._writer is not None:
+            self._writer.close()
+        for env in self._eval_envs.values():
+            env.close()
+
+    # -- cost -----------------------------------------------------------------------------------------------------------
+
+    def cost(self) -> dict[str, int | None]:
+        """Deterministic counts (wall time and memory are measured, and go to timing.json)."""
+        own = self.agent.costs() if hasattr(self.agent, "costs") else {}  # type: ignore[attr-defined]
+        parameters = getattr(self.agent, "num_parameters", None)
+        return {
+            "env_steps": self.position.env_steps,
+            "updates": int(own.get("updates", self.position.updates)),
+            "samples": None if "samples" not in own else int(own["samples"]),
+            "parameters": None if parameters is None else int(parameters),
+            "state_bytes": state_bytes(self.agent.state_dict()),
+            "evaluation_episodes": self.directory.eval.rows,
+        }
+
+
+@contextlib.contextmanager
+def blame(plugin: Any, what: str) -> Iterator[None]:
+    """An exception inside a plug-in's method becomes one sentence."""
+    try:
+        yield
+    except ClbenchError:
+        raise
+    except Exception as error:
+        raise plugin_error(plugin, what, error) from error
+
+
+def phase_records(stream: Stream) -> Sequence[Mapping[str, Any]]:
+    """The phases as plain values, for config.json."""
+    return [
+        {"task": list(p.tasks) if len(p.tasks) > 1 else p.tasks[0], "budget": p.budget, "visit": p.visit}
+        for p in stream.phases
+    ]
