@@ -1,7 +1,7 @@
 """Two-Rooms: a point agent in two rooms joined by a door, batched on tensors, plus its collision rules and renderer.
 
-Source: the environment of PLDM (Sobal et al. 2025, arXiv 2502.14819), re-implemented from its facts. Geometry in pixels of a
-65 x 65 picture, ``y`` grows downward::
+Source: the environment of PLDM (Sobal et al. 2025, arXiv 2502.14819), re-implemented from its facts. Geometry in pixels
+of a 65 x 65 picture, ``y`` grows downward::
 
     4                wall_x                60
     +------------------#-------------------+  4
@@ -98,7 +98,10 @@ def stop_at_walls(position: Tensor, action: Tensor, layout: Layout, noise: Tenso
     border = torch.fmax((LOW - position) / action, (HIGH - position) / action).amin(0)
     time = torch.minimum(border, torch.where(hit, meet, 1.0)).clamp(max=1)
     x, y = torch.addcmul(position, time, action).clamp(LOW, HIGH)
-    entered, left = torch.where(action > 0, layout.low, layout.high)[0], torch.where(action > 0, layout.high, layout.low)[1]
+    entered, left = (
+        torch.where(action > 0, layout.low, layout.high)[0],
+        torch.where(action > 0, layout.high, layout.low)[1],
+    )
     return torch.stack([torch.where(time == strip_in, entered, x), torch.where(time == door_out, left, y)])
 
 
@@ -131,8 +134,8 @@ def cancel_at_walls(position: Tensor, action: Tensor, layout: Layout, noise: Ten
 def noisy_at_walls(position: Tensor, action: Tensor, layout: Layout, noise: Tensor | None = None) -> Tensor:
     """The rule of the reference's evaluation: the point of contact plus noise, kept on the side the agent came from.
 
-    Differs from the reference only where that leaves the rooms: a point exactly on a jamb counts as inside the door, and the
-    result is clamped to the outer square.
+    Differs from the reference only where that leaves the rooms: a point exactly on a jamb counts as inside the door, and
+    the result is clamped to the outer square.
 
     Args:
         position: (2, B) float64, in free space.
@@ -231,7 +234,8 @@ def _draw(walls: Tensor, position: Tensor) -> Tensor:
 def render_pixels(columns: Mapping[str, Tensor]) -> Tensor:
     """Observations from states: channel 0 is the dot, channel 1 the walls.
 
-    ``dot(u, v) = floor(clip(255 exp(-|(u, v) - p|^2 / (2 * 1.3^2)), 0, 255))`` on the integer grid, index [row = y, column = x].
+    ``dot(u, v) = floor(clip(255 exp(-|(u, v) - p|^2 / (2 * 1.3^2)), 0, 255))`` on the integer grid, stored at
+    [row v, column u].
 
     Args:
         columns: ``position`` (B, 2), ``wall_x`` (B,), ``door_y`` (B,).
@@ -280,9 +284,9 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
     below 1. Episodes end at success (unless ``terminate_on_success=False``, as in the reference) and are truncated after
     ``max_episode_steps``.
 
-    Randomness: an episode (start, goal, noise) is a pure function of its seed. ``reset(seed=int)`` gives episode ``k`` of row
-    ``i`` the seed ``hash(hash(seed, i), k)``; with one seed per row, that seed is the first episode's, and later ones are
-    ``hash(seed, k)``. ``options`` may hold ``start`` (B, 2), ``goal`` (B, 2) and ``reset_mask`` (B,).
+    Randomness: an episode (start, goal, noise) is a pure function of its seed. ``reset(seed=int)`` gives episode ``k`` of
+    row ``i`` the seed ``hash(hash(seed, i), k)``; with one seed per row, that seed is the first episode's, and later ones
+    are ``hash(seed, k)``. ``options`` may hold ``start`` (B, 2), ``goal`` (B, 2) and ``reset_mask`` (B,).
 
     Args:
         num_envs: rows.
@@ -291,7 +295,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         observation: ``"state"`` or ``"pixels"``.
         wall_x: centre of the wall, in [20, 45); a number, or one per row.
         door_y: centre of the door, in [10, 55); a number, or one per row.
-        collision: ``"stop"`` (:func:`stop_at_walls`), ``"noisy"`` or ``"cancel"`` (the reference's evaluation and data rules).
+        collision: ``"stop"`` (:func:`stop_at_walls`), or the reference's rules: ``"noisy"`` (evaluation), ``"cancel"`` (data).
         noise: standard deviation per axis, for ``"noisy"``.
         max_episode_steps: steps until truncation, or ``None``.
         terminate_on_success: whether reaching the goal ends the episode.
@@ -353,7 +357,9 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
 
     # -- reset ------------------------------------------------------------------------------------------------------
 
-    def reset(self, *, seed: int | Sequence[int] | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, dict]:
+    def reset(
+        self, *, seed: int | Sequence[int] | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """Begin new episodes in all rows, or in those of ``options["reset_mask"]``; see the class for seeds and options.
 
         Raises:
@@ -370,7 +376,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
             wrong = mask & ~is_free(points.to(torch.float64), self._layout)
             if bool(wrong.any()):
                 row = int(wrong.nonzero()[0])
-                raise ConfigError(f"Two-Rooms: the {key} of row {row}, {points[:, row].tolist()}, is inside a wall or outside.")
+                raise ConfigError(f"Two-Rooms: the {key} of row {row}, {points[:, row].tolist()}, is not in a room.")
         if seed is None and self._desired is None:
             seed = secrets.randbits(62)  # never seeded: fresh entropy, as Gymnasium does
         if seed is None:
@@ -403,12 +409,17 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
     def _points(self, key: str, value: Any) -> Tensor:
         points = torch.as_tensor(np.asarray(value.cpu() if isinstance(value, Tensor) else value, dtype=np.float32))
         if points.shape != (self.num_envs, 2):
-            raise ConfigError(f"Two-Rooms: option {key!r} must have shape ({self.num_envs}, 2), got {tuple(points.shape)}.")
+            raise ConfigError(
+                f"Two-Rooms: option {key!r} must have shape ({self.num_envs}, 2), got {tuple(points.shape)}."
+            )
         return points.t().contiguous().to(self.device)
 
     def _begin(self, mask: Tensor, row_seeds: Tensor | None = None, own: bool = False, start: Tensor | None = None,
                goal: Tensor | None = None) -> None:  # fmt: skip
-        """Start the next episode of the rows in ``mask`` (B,); ``row_seeds`` (B,) reseed them, as their own seeds or as bases."""
+        """Start the next episode of the rows in ``mask`` (B,); ``row_seeds`` (B,) reseed them.
+
+        With ``own``, the row's seed is that of the episode; else the episode's is hashed from it.
+        """
         rows = self._rows(mask)
         chosen = mask[rows]  # on a CPU all true; elsewhere the rows are all rows, so that nothing waits for the device
         if row_seeds is not None:
@@ -522,7 +533,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
     # -- pictures, state --------------------------------------------------------------------------------------------
 
     def render(self) -> Any:  # type: ignore[override]
-        """Pictures for people, uint8 (B, 260, 260, 3) NumPy: walls dark, the agent blue, the goal (success radius) green."""
+        """Pictures for people, NumPy uint8 (B, 260, 260, 3): walls dark, agent blue, goal (success radius) green."""
         scale = 4
         grid = (torch.arange(SIZE * scale, device=self.device, dtype=torch.float64) + 0.5) / scale - 0.5
         x, y = grid[None, None, :], grid[None, :, None]
@@ -570,7 +581,7 @@ _STATE = ("position", "goal", "steps", "row_seed", "episode", "seed")
 def observation_space(pixels: bool) -> spaces.Dict:
     """The goal dict of one environment."""
     one = spaces.Box(0, 255, (2, SIZE, SIZE), np.uint8) if pixels else spaces.Box(0.0, float(SIZE), (2,), np.float32)
-    return spaces.Dict({key: one for key in ("observation", "achieved_goal", "desired_goal")})
+    return spaces.Dict(dict.fromkeys(("observation", "achieved_goal", "desired_goal"), one))
 
 
 def _positions(name: str, value: Any, limits: tuple[float, float], num_envs: int) -> Tensor:
@@ -580,7 +591,9 @@ def _positions(name: str, value: Any, limits: tuple[float, float], num_envs: int
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"Two-Rooms: {name} must be a number or one number per row, got {value!r}.") from error
     if positions.shape not in ((1,), (num_envs,)):
-        raise ConfigError(f"Two-Rooms: {name} has shape {tuple(positions.shape)}; give a number, or {num_envs} of them.")
+        raise ConfigError(
+            f"Two-Rooms: {name} has shape {tuple(positions.shape)}; give a number, or {num_envs} of them."
+        )
     if not bool(((positions >= limits[0]) & (positions < limits[1])).all()):
         raise ConfigError(f"Two-Rooms: {name} must be in [{limits[0]:g}, {limits[1]:g}), got {positions.tolist()}.")
     return positions
