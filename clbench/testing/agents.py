@@ -92,7 +92,8 @@ def _unmet(cls: type[Agent], task: str, offered: Any) -> str:
             f"{cls.__name__}.requires is {needs}, which no task can meet at once; take out what contradicts the rest."
         )
     missing = sorted(cls.requires - frozenset(offered))
-    return f"{cls.__name__} requires {missing}, which {task} does not offer (it offers {list(offered)}); choose other fixtures."
+    return f"{cls.__name__} requires {missing}, which {task} does not offer (it offers {list(offered)}); choose "
+    "other fixtures."
 
 
 def _sources(cls: type[Agent]) -> tuple[str, ...]:
@@ -234,7 +235,7 @@ def _units(metrics: Any, yields: int) -> int:
     return yields if step is None else int(step)
 
 
-# -- the class ----------------------------------------------------------------------------------------------------------
+# -- the class -------------------------------------------------------------------------------------
 
 
 @CLASS_CHECKS.add("it is an Agent subclass with all methods")
@@ -246,8 +247,10 @@ def _is_agent(given: tuple[Any, Any]) -> str | None:
         )
     missing = sorted(cls.__abstractmethods__)
     if missing:
-        raise Failed(f"{cls.__name__} does not define {', '.join(missing)}; every agent needs act, learn, state_dict and "
-                     "load_state_dict.")  # fmt: skip
+        raise Failed(
+            f"{cls.__name__} does not define {', '.join(missing)}; every agent needs act, learn, state_dict and "
+            "load_state_dict."
+        )
     return None
 
 
@@ -281,13 +284,14 @@ def _signatures(given: tuple[Any, Any]) -> str | None:
 )
 def _config(given: tuple[Any, Any]) -> str | None:
     cls, values = given
-    config = cls.Config
+    config: Any = cls.Config
     fields = {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
     forgotten = sorted(set(vars(config).get("__annotations__", {})) - fields)
     if not dataclasses.is_dataclass(config) or forgotten:
         raise Failed(f"{cls.__name__}.Config is not a dataclass (fields {forgotten}); decorate it with @dataclass.")
-    build(config, None, f"{cls.__name__}.Config")
-    build(config, values, f"{cls.__name__}.Config")
+    where = f"{cls.__name__}.Config"
+    build(config, None, where)
+    build(config, values, where)
     return None
 
 
@@ -301,7 +305,7 @@ def _requires(given: tuple[Any, Any]) -> str | None:
     return None
 
 
-# -- construction and acting ----------------------------------------------------------------------------------------------
+# -- construction and acting -----------------------------------------------------------------------
 
 BUILT = "it can be constructed"
 ACTS = "act returns valid actions"
@@ -432,7 +436,8 @@ def _batch_invariance(case: Case) -> str | None:
     alone = torch.cat([case.act(agent, row(obs, i))[0] for i in range(7)])
     if not _close(together, alone, case.fixture.spaces.action):
         raise Failed(
-            f"7 rows computed together give {together[0].tolist()} for row 0, alone {alone[0].tolist()}: act mixes rows; use "
+            f"7 rows computed together give {together[0].tolist()} for row 0, alone {alone[0].tolist()}: act "
+            f"mixes rows; use "
             "running statistics (eval mode) instead of batch statistics and index by row."
         )
     return None
@@ -453,12 +458,16 @@ def _act_deterministic(case: Case) -> str | None:
         case.act(agent, case.observation(7, seed=3), explore=explore)
         again, _ = case.act(agent, obs, explore=explore)
         if difference(expected, again):
-            raise Failed(f"act(explore={explore}) answers the same question differently the second time; it must keep nothing "
-                         "between calls (use memory) and draw only from rng.")  # fmt: skip
+            raise Failed(
+                f"act(explore={explore}) answers the same question differently the second time; it must keep nothing "
+                "between calls (use memory) and draw only from rng."
+            )
         other, _ = case.act(twin, obs, explore=explore)
         if difference(expected, other):
-            raise Failed(f"two agents built from the same seed act differently (explore={explore}); draw the initial weights "
-                         "from the rng given to __init__ and actions from the rng given to act.")  # fmt: skip
+            raise Failed(
+                f"two agents built from the same seed act differently (explore={explore}); draw the initial weights "
+                "from the rng given to __init__ and actions from the rng given to act."
+            )
     return None
 
 
@@ -486,8 +495,10 @@ def _act_pure(case: Case) -> str | None:
         case.act(agent, case.observation(7), explore=explore)
         changed = difference(before, agent.state_dict(), "state_dict()")
         if changed:
-            raise Failed(f"act(explore={explore}) changed the agent: {changed}; act must change nothing in the agent, "
-                         "keep per-episode state in memory.")  # fmt: skip
+            raise Failed(
+                f"act(explore={explore}) changed the agent: {changed}; act must change nothing in the agent, "
+                "keep per-episode state in memory."
+            )
         if not torch.equal(rng, own.get_state()):
             raise Failed("act drew from the generator given to __init__; draw only from the rng given to act.")
     return None
@@ -522,7 +533,7 @@ def _global_unchanged(method: str) -> Iterator[None]:
         )
 
 
-# -- learning ---------------------------------------------------------------------------------------------------------
+# -- learning --------------------------------------------------------------------------------------
 
 
 @AGENT_CHECKS.add(LEARNS, needs=ACTS)
@@ -541,7 +552,8 @@ def _learns(case: Case) -> str | None:
                 )
             if not math.isfinite(value):
                 raise Failed(
-                    f"learn yielded {key!r} = {value}; leave a metric out while it is undefined, and look for diverging losses."
+                    f"learn yielded {key!r} = {value}; leave a metric out while it is undefined, and look for "
+                    f"diverging losses."
                 )
         if run.consumed[i] < before:
             raise Failed(
@@ -565,8 +577,10 @@ def _check_budget(case: Case, run: Run) -> str | None:
     if case.source == "env" and env is not None:
         stepped = int(getattr(env, "calls", 0)) * case.num_envs
         if stepped > case.budget:
-            raise Failed(f"learn took {stepped} environment steps for a budget of {case.budget} (a step of {case.num_envs} "
-                         f"environments costs {case.num_envs} units).")  # fmt: skip
+            raise Failed(
+                f"learn took {stepped} environment steps for a budget of {case.budget} (a step of {case.num_envs} "
+                f"environments costs {case.num_envs} units)."
+            )
     return f"yields {len(run.metrics)} times in {case.budget} units" if len(run.metrics) < 4 else None
 
 
@@ -595,8 +609,10 @@ def _closes(case: Case) -> str | None:
 def _learn_deterministic(case: Case) -> str | None:
     changed = case.compare(case.reference, case.train())
     if changed:
-        raise Failed(f"two trainings from the same seeds differ: {changed}; draw only from the rng given to learn, and iterate "
-                     "over nothing unordered (sets).")  # fmt: skip
+        raise Failed(
+            f"two trainings from the same seeds differ: {changed}; draw only from the rng given to learn, and iterate "
+            "over nothing unordered (sets)."
+        )
     return None
 
 
@@ -607,8 +623,11 @@ def _learn_global(case: Case) -> str | None:
     def unchanged(*_: Any) -> None:
         changed = difference(state[0], get_global_state())
         if changed:
-            raise Failed(f"learn moved the process-wide generator of {changed.split(chr(39))[1]}; pass generator=rng, or wrap what "
-                         "cannot be told in clbench.rng.sealed_global_rng() (not around a yield).")  # fmt: skip
+            raise Failed(
+                f"learn moved the process-wide generator of {changed.split(chr(39))[1]}; pass generator=rng, or "
+                f"wrap what "
+                "cannot be told in clbench.rng.sealed_global_rng() (not around a yield)."
+            )
 
     state = [get_global_state()]
     changed = case.compare(case.reference, case.train(unchanged))
@@ -638,12 +657,14 @@ def _evaluation_free(case: Case) -> str | None:
 
     changed = case.compare(case.reference, case.train(evaluate))
     if changed:
-        raise Failed(f"training with evaluations between yields ends differently: {changed}; act must not touch the networks' "
-                     "mode, buffers, counters or generators that learn uses.")  # fmt: skip
+        raise Failed(
+            f"training with evaluations between yields ends differently: {changed}; act must not touch the networks' "
+            "mode, buffers, counters or generators that learn uses."
+        )
     return None
 
 
-# -- saving and resuming ------------------------------------------------------------------------------------------------
+# -- saving and resuming ---------------------------------------------------------------------------
 
 
 @AGENT_CHECKS.add("a saved state comes back in a fresh agent", needs=(LEARNS, STATE))
@@ -698,7 +719,8 @@ def _resume(case: Case, at: Snapshot) -> None:
     changed = case.compare(case.reference, case.finished(agent, [], [], experience))
     if changed:
         raise Failed(
-            f"saved after {at.consumed} of {case.budget} units and resumed, training ends differently: {changed}; something that "
+            f"saved after {at.consumed} of {case.budget} units and resumed, training ends differently: "
+            f"{changed}; something that "
             f"learn needs is missing from state_dict{suspects or ' (perhaps a local variable of learn)'}."
         )
 

@@ -1,8 +1,8 @@
 """What all conformance checks share: results, reports, isolation of failures, and comparison of states.
 
-A check is a small function with a name in words. It returns ``None`` or a note, raises :class:`Failed` with a sentence that
-says what to change, or :class:`NotApplicable`. Any other exception is a failure of that check too: the message then names
-the method, the error, and the file and line of the plug-in.
+A check is a small function with a name in words. It returns ``None`` or a note, raises :class:`Failed` with a sentence
+that says what to change, or :class:`NotApplicable`. Any other exception is a failure of that check too: the message then
+names the method, the error, and the file and line of the plug-in.
 """
 
 from __future__ import annotations
@@ -169,27 +169,35 @@ def explain(error: BaseException, plugin: Any) -> str:
     if not frames:
         return f"{_name(plugin)} made the check stop with {what}"
     source = _source(plugin)
-    at = next((f for f in reversed(frames) if f.filename == source), frames[0])
-    return f"{_name(plugin)}.{frames[0].name} raised {what} ({os.path.basename(at.filename)}, line {at.lineno}, in {at.name})"
+    at = next((f for f in reversed(frames) if os.path.realpath(f.filename) == source), None)
+    if at is None and isinstance(error, ClbenchError):
+        return said  # our own message about the plug-in, raised by our own code
+    at = at or frames[0]
+    return f"{_label(plugin, frames[0].name)} raised {what} ({os.path.basename(at.filename)}, line {at.lineno}, "
+    f"in {at.name})"
 
 
 def _ours(filename: str) -> bool:
     path = os.path.realpath(filename)
-    return path.startswith(_HERE) or os.path.basename(path) == "contextlib.py"
+    return path.startswith(_HERE) or os.path.basename(path) in ("contextlib.py", "functools.py")
 
 
 def _name(plugin: Any) -> str:
-    return getattr(plugin, "__name__", None) or type(plugin).__name__
+    return plugin if isinstance(plugin, str) else getattr(plugin, "__name__", type(plugin).__name__)
+
+
+def _label(plugin: Any, function: str) -> str:
+    return f"{_name(plugin)}.{function}" if inspect.isclass(plugin) else _name(plugin)
 
 
 def _source(plugin: Any) -> str:
     try:
-        return inspect.getsourcefile(plugin) or ""
+        return os.path.realpath(inspect.getsourcefile(plugin) or "")
     except TypeError:
         return ""
 
 
-# -- trees of tensors and plain values ------------------------------------------------------------------------------------
+# -- trees of tensors and plain values -------------------------------------------------------------
 
 
 def clone(tree: Any) -> Any:
@@ -274,7 +282,8 @@ def state_problem(state: Any, where: str) -> str | None:
         return f"{where} returned a {type(state).__name__}; return a dict."
     bad = not_plain(state, where)
     if bad:
-        return f"{bad}; store only tensors, numbers, strings, None, and lists, tuples or dicts of those (tensor.tolist(), .item())."
+        return f"{bad}; store only tensors, numbers, strings, None, and lists, tuples or dicts of those "
+        "(tensor.tolist(), .item())."
     return None
 
 

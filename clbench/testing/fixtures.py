@@ -1,7 +1,7 @@
 """Tiny tasks on which plug-ins are checked: a point in a square, fast on any device, in every kind of clbench task.
 
-The kinds are the product of discrete or continuous actions, state or pixel observations, with or without goals. Each offers
-an environment (:class:`ToyVectorEnv`, a complete and short example of the batched protocol) and an offline data set.
+The kinds are the product of discrete or continuous actions, state or pixel observations, with or without goals. Each
+offers an environment (:class:`ToyVectorEnv`, a complete and short example of the batched protocol) and a data set.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ _LIMITS = (0.5, 0.25)  # neither 1 nor equal, so that an agent that ignores the 
 class ToyVectorEnv:
     """A point in the square [-1, 1]^2 that walks to a goal.
 
-    State observations are (x, y, distance to the nearest wall), pixels are (3, 36, 36) uint8. With ``goal`` the observation is a
-    dict whose goals are positions (or pictures); without, the goal is the centre. Success is being within 0.4 of the goal.
+    State observations are (x, y, distance to the nearest wall), pixels are (3, 36, 36) uint8. With ``goal`` the
+    observation is a dict whose goals are positions (or pictures); without, the goal is the centre. Success is being
+    within 0.4 of the goal.
 
     Args:
         num_envs: rows ``B``.
@@ -99,7 +100,7 @@ class ToyVectorEnv:
         return self._observe(), {"is_success": self._success()}
 
     def _start(self, mask: Tensor) -> None:
-        """Begin the next episode in the rows of ``mask`` (B,); its content is a function of (seed, number of the episode)."""
+        """Begin the next episode in the rows of ``mask`` (B,): a function of the row's seed and number of episodes."""
         self.episodes = self.episodes + mask
         u = hash_uniform(self.seeds, self.episodes, 4).to(torch.float32) * 1.8 - 0.9
         self.position = torch.where(mask[:, None], u[:, :2], self.position)
