@@ -18,7 +18,6 @@ monotone, so rounding the result can put a point onto a face but never into a wa
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,8 +29,9 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from clbench.envs.seeding import EpisodeSeeds, check_batch, split_options
 from clbench.errors import ConfigError, ContractError, DataError, unknown_name
-from clbench.rng import hash_seeds, hash_uniform
+from clbench.rng import hash_uniform
 
 SIZE = 65
 LOW, HIGH = 4.0, 60.0  # the outer border
@@ -179,6 +179,7 @@ def noisy_at_walls(position: Tensor, action: Tensor, layout: Layout, noise: Tens
     return torch.where(down | up, at_jamb, moved).clamp(LOW, HIGH)
 
 
+AUTORESET_MODES = {"same_step": AutoresetMode.SAME_STEP, "disabled": AutoresetMode.DISABLED}
 COLLISIONS = {"stop": stop_at_walls, "noisy": noisy_at_walls, "cancel": cancel_at_walls}
 
 
@@ -284,9 +285,8 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
     below 1. Episodes end at success (unless ``terminate_on_success=False``, as in the reference) and are truncated after
     ``max_episode_steps``.
 
-    Randomness: an episode (start, goal, noise) is a pure function of its seed. ``reset(seed=int)`` gives episode ``k`` of
-    row ``i`` the seed ``hash(hash(seed, i), k)``; with one seed per row, that seed is the first episode's, and later ones
-    are ``hash(seed, k)``. ``options`` may hold ``start`` (B, 2), ``goal`` (B, 2) and ``reset_mask`` (B,).
+    Randomness: an episode (start, goal, noise) is a pure function of its seed, whatever ``B`` and the device
+    (:class:`clbench.envs.seeding.EpisodeSeeds`). Reset options: ``start`` (B, 2), ``goal`` (B, 2), ``reset_mask`` (B,).
 
     Args:
         num_envs: rows.
@@ -295,7 +295,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         observation: ``"state"`` or ``"pixels"``.
         wall_x: centre of the wall, in [20, 45); a number, or one per row.
         door_y: centre of the door, in [10, 55); a number, or one per row.
-        collision: ``"stop"`` (:func:`stop_at_walls`), or the reference's rules: ``"noisy"`` (evaluation), ``"cancel"`` (data).
+        collision: ``"stop"`` (:func:`stop_at_walls`), or as the reference: ``"noisy"`` (evaluation), ``"cancel"`` (data).
         noise: standard deviation per axis, for ``"noisy"``.
         max_episode_steps: steps until truncation, or ``None``.
         terminate_on_success: whether reaching the goal ends the episode.
@@ -319,20 +319,18 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         terminate_on_success: bool = True,
         render_mode: str | None = None,
     ):
-        modes = {"same_step": AutoresetMode.SAME_STEP, "disabled": AutoresetMode.DISABLED}
         for kind, value, known in (
-            ("autoreset", autoreset, modes),
             ("observation", observation, ("state", "pixels")),
             ("collision", collision, COLLISIONS),
         ):
             if value not in known:
                 raise unknown_name(f"value of {kind}", str(value), known, where="Two-Rooms")
-        for name, value in (("num_envs", num_envs), ("max_episode_steps", max_episode_steps)):
-            if value is not None and value < 1:
-                raise ConfigError(f"Two-Rooms: {name} must be at least 1, got {value}.")
+        if max_episode_steps is not None and max_episode_steps < 1:
+            raise ConfigError(f"Two-Rooms: max_episode_steps must be at least 1, got {max_episode_steps}.")
         if not (noise >= 0 and math.isfinite(noise)):
             raise ConfigError(f"Two-Rooms: noise must be a standard deviation >= 0, got {noise}.")
-        self.num_envs, self.device, self.autoreset = num_envs, torch.device(device), autoreset
+        self.device = check_batch(num_envs, device, autoreset)
+        self.num_envs, self.autoreset = num_envs, autoreset
         self.max_episode_steps, self.terminate_on_success = max_episode_steps, terminate_on_success
         self.noise, self.render_mode = noise, render_mode
         self.pixels = observation == "pixels"
@@ -341,17 +339,17 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         self.door_y = _positions("door_y", door_y, DOOR_RANGE, num_envs).to(self.device)
         self._layout = make_layout(*torch.broadcast_tensors(self.wall_x, self.door_y), device=self.device)
         self._walls = wall_planes(*torch.broadcast_tensors(self.wall_x, self.door_y))
-        self.metadata = {"autoreset_mode": modes[autoreset], "render_modes": ["rgb_array"], "render_fps": 10}
+        self.metadata = {"autoreset_mode": AUTORESET_MODES[autoreset], "render_modes": ["rgb_array"], "render_fps": 10}
         self.single_observation_space = observation_space(self.pixels)
         self.single_action_space = spaces.Box(-MAX_ACTION, MAX_ACTION, (2,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._all_rows = torch.arange(num_envs, device=self.device)
-        zeros = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
-        # the state: position and goal (2, B); steps of the episode; seed of the row, number and seed of its episode
+        # the state: position and goal (2, B), steps of the episode (B,), seeds
         self._position = torch.full((2, num_envs), math.nan, device=self.device)
         self._goal = self._position.clone()
-        self._steps, self._row_seed, self._episode, self._seed = (zeros.clone() for _ in range(4))
+        self._steps = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
+        self._seeds = EpisodeSeeds(num_envs, self.device)
         self._desired: Tensor | None = None  # the goals as observations; replaced, never written to
         self._bad_action = torch.zeros((), dtype=torch.bool, device=self.device)
 
@@ -366,75 +364,48 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
             ConfigError: unknown options, wrong shapes, a start or goal inside a wall.
             ContractError: a mask before the first full reset.
         """
-        options = dict(options or {})
-        mask = self._mask(options.pop("reset_mask", None))
-        given = {key: self._points(key, options.pop(key)) for key in ("start", "goal") if key in options}
-        if options:
-            raise unknown_name("reset option", next(iter(options)), ("reset_mask", "start", "goal"), where="Two-Rooms")
-        self._raise_if_bad()
-        for key, points in given.items():
-            wrong = mask & ~is_free(points.to(torch.float64), self._layout)
-            if bool(wrong.any()):
-                row = int(wrong.nonzero()[0])
-                raise ConfigError(f"Two-Rooms: the {key} of row {row}, {points[:, row].tolist()}, is not in a room.")
-        if seed is None and self._desired is None:
-            seed = secrets.randbits(62)  # never seeded: fresh entropy, as Gymnasium does
-        if seed is None:
-            self._begin(mask, **given)
-        else:
-            self._begin(mask, self._row_seeds(seed), own=not isinstance(seed, int | np.integer), **given)
-        return self._observe(), {"is_success": self._at_goal()}
-
-    def _row_seeds(self, seed: int | Sequence[int]) -> Tensor:
-        if isinstance(seed, int | np.integer):
-            base = torch.full((self.num_envs,), int(seed) % 2**63, dtype=torch.int64, device=self.device)
-            return hash_seeds(base, self._all_rows)
-        values = [int(s) % 2**63 for s in seed]
-        if len(values) != self.num_envs:
-            raise ConfigError(f"Two-Rooms: got {len(values)} seeds for {self.num_envs} environments; give one per row.")
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-    def _mask(self, mask: Any) -> Tensor:
-        if mask is None:
-            return torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
-        mask = torch.as_tensor(mask, device=self.device)
-        if mask.shape != (self.num_envs,) or mask.dtype != torch.bool:
-            raise ConfigError(
-                f"Two-Rooms: reset_mask must be bool ({self.num_envs},), got {mask.dtype} {tuple(mask.shape)}."
-            )
+        mask, columns = split_options(options, self.num_envs, self.device)
         if self._desired is None and not bool(mask.all()):
             raise ContractError("Two-Rooms: the first reset must reset all rows; leave out reset_mask.")
-        return mask
+        for key in columns:
+            if key not in ("start", "goal"):
+                raise unknown_name("reset option", key, ("reset_mask", "start", "goal"), where="Two-Rooms")
+        given = {key: self._points(key, column, mask) for key, column in columns.items()}
+        self._raise_if_bad()
+        self._begin(mask, seed, **given)
+        return self._observe(), {"is_success": self._at_goal()}
 
-    def _points(self, key: str, value: Any) -> Tensor:
-        points = torch.as_tensor(np.asarray(value.cpu() if isinstance(value, Tensor) else value, dtype=np.float32))
+    def _points(self, key: str, column: Any, mask: Tensor) -> Tensor:
+        """A column of points (B, 2) as (2, B) on the device, checked in the rows of ``mask``."""
+        values = column.cpu() if isinstance(column, Tensor) else column
+        points = torch.as_tensor(np.asarray(values, dtype=np.float32))
         if points.shape != (self.num_envs, 2):
             raise ConfigError(
                 f"Two-Rooms: option {key!r} must have shape ({self.num_envs}, 2), got {tuple(points.shape)}."
             )
-        return points.t().contiguous().to(self.device)
+        points = points.t().contiguous().to(self.device)
+        wrong = mask & ~is_free(points.to(torch.float64), self._layout)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise ConfigError(f"Two-Rooms: the {key} of row {row}, {points[:, row].tolist()}, is not in a room.")
+        return points
 
-    def _begin(self, mask: Tensor, row_seeds: Tensor | None = None, own: bool = False, start: Tensor | None = None,
-               goal: Tensor | None = None) -> None:  # fmt: skip
-        """Start the next episode of the rows in ``mask`` (B,); ``row_seeds`` (B,) reseed them.
-
-        With ``own``, the row's seed is that of the episode; else the episode's is hashed from it.
-        """
+    def _begin(
+        self,
+        mask: Tensor,
+        seed: int | Sequence[int] | None = None,
+        start: Tensor | None = None,
+        goal: Tensor | None = None,
+    ) -> None:
+        """New episodes in the rows of ``mask`` (B,), at drawn points or at the given ones (2, B)."""
+        self._seeds.start(seed, mask)
         rows = self._rows(mask)
         chosen = mask[rows]  # on a CPU all true; elsewhere the rows are all rows, so that nothing waits for the device
-        if row_seeds is not None:
-            self._row_seed = torch.where(mask, row_seeds, self._row_seed)
-            self._episode = torch.where(mask, -1, self._episode)
-        episode = self._episode[rows] + chosen
-        row_seed = self._row_seed[rows]
-        seed = row_seed if own else hash_seeds(row_seed, episode)
-        drawn = sample_start_goal(hash_uniform(seed, 0, 5), self._layout_of(rows))
+        drawn = sample_start_goal(hash_uniform(self._seeds.current()[rows], 0, 5), self._layout_of(rows))
         for state, new, fixed in ((self._position, drawn[0], start), (self._goal, drawn[1], goal)):
             new = new.to(torch.float32) if fixed is None else fixed[:, rows]
             state[:, rows] = torch.where(chosen, new, state[:, rows])
-        self._episode[rows] = episode
-        self._seed[rows] = torch.where(chosen, seed, self._seed[rows])
-        self._steps[rows] = torch.where(chosen, 0, self._steps[rows])
+        self._steps = torch.where(mask, 0, self._steps)
         self._desired = self._show(self._goal, rows, self._desired)
 
     def _rows(self, mask: Tensor) -> Tensor:
@@ -518,7 +489,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
 
     def _wall_noise(self) -> Tensor:
         """Normal noise (2, B) for this step (Box-Muller), a function of the episode's seed and the step."""
-        u = hash_uniform(self._seed, self._steps + 1, 2)
+        u = hash_uniform(self._seeds.current(), self._steps + 1, 2)
         radius = torch.sqrt(-2 * torch.log1p(-u[:, 0])) * self.noise
         return torch.stack([radius * torch.cos(2 * math.pi * u[:, 1]), radius * torch.sin(2 * math.pi * u[:, 1])])
 
@@ -554,7 +525,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         """All that changes, as tensors; valid in the middle of episodes."""
         self._raise_if_bad()
         state = {name: getattr(self, f"_{name}").clone() for name in _STATE}
-        return state | {"ready": torch.tensor(self._desired is not None)}
+        return state | self._seeds.state_dict() | {"ready": torch.tensor(self._desired is not None)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where :meth:`state_dict` was taken.
@@ -562,20 +533,18 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         Raises:
             DataError: missing entries, or a state of another number of rows.
         """
-        for name in (*_STATE, "ready"):
+        for name in (*_STATE, *_SEEDS, "ready"):
             if name not in state:
                 raise DataError(f"Two-Rooms: the state has no entry {name!r}; it is not one of this environment.")
+        if len(state["steps"]) != self.num_envs:
+            raise DataError(f"Two-Rooms: the state is of {len(state['steps'])} environments, not of {self.num_envs}.")
         for name in _STATE:
-            old, new = getattr(self, f"_{name}"), state[name]
-            if new.shape != old.shape:
-                raise DataError(
-                    f"Two-Rooms: {name} has shape {tuple(new.shape)}, expected {tuple(old.shape)} (another num_envs?)."
-                )
-            setattr(self, f"_{name}", new.to(device=old.device, dtype=old.dtype, copy=True))
+            setattr(self, f"_{name}", state[name].to(self.device, copy=True))
+        self._seeds.load_state_dict({name: state[name] for name in _SEEDS})
         self._desired = self._show(self._goal) if bool(state["ready"]) else None
 
 
-_STATE = ("position", "goal", "steps", "row_seed", "episode", "seed")
+_STATE, _SEEDS = ("position", "goal", "steps"), ("base", "episode")
 
 
 def observation_space(pixels: bool) -> spaces.Dict:

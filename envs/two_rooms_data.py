@@ -49,8 +49,8 @@ def two_rooms(
 ) -> OfflineDataset:
     """Random walks in Two-Rooms, a pure function of the arguments.
 
-    A heading does a random walk with von Mises increments; step lengths are normal (1, 0.4) truncated to [0.2, 1.8]. A share
-    ``cross_wall_rate`` of the trajectories is made to lead through the door (the walls may still stop them); the others start
+    The heading does a random walk with von Mises increments; step lengths are normal (1, 0.4) truncated to [0.2, 1.8].
+    A share ``cross_wall_rate`` of the trajectories is laid through the door (walls may still stop them); the others start
     anywhere.
 
     Args:
@@ -70,8 +70,10 @@ def two_rooms(
     Raises:
         ConfigError: an argument out of range.
     """
-    settings = dict(wall_x=wall_x, door_y=door_y, transitions=transitions, steps=steps, kappa=kappa,
-                    cross_wall_rate=cross_wall_rate, collision=collision, observation=observation, seed=seed)  # fmt: skip
+    settings: dict[str, Any] = {
+        "wall_x": wall_x, "door_y": door_y, "transitions": transitions, "steps": steps, "kappa": kappa,
+        "cross_wall_rate": cross_wall_rate, "collision": collision, "observation": observation, "seed": seed,
+    }  # fmt: skip
     _check(**settings)
     rng = numpy_generator(seed, "two-rooms", "data")
     count = -(-transitions // steps)
@@ -152,8 +154,8 @@ def _truncated_normal(
     rng: np.random.Generator, mean: float, sd: float, low: float, high: float, shape: Any
 ) -> np.ndarray:
     """By the inverse of the distribution function."""
-    edges = ndtr([(low - mean) / sd, (high - mean) / sd])
-    return np.clip(mean + sd * ndtri(rng.uniform(*edges, shape)), low, high)
+    first, last = ndtr((low - mean) / sd), ndtr((high - mean) / sd)
+    return np.clip(mean + sd * ndtri(rng.uniform(first, last, shape)), low, high)
 
 
 def _free_points(rng: np.random.Generator, count: int, faces: tuple[float, float]) -> np.ndarray:
