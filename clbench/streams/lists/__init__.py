@@ -1,0 +1,1 @@
+"""Frozen evaluation lists, as versioned JSON."""

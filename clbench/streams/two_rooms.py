@@ -1,0 +1,70 @@
+"""The stream ``two-rooms-doors``: Two-Rooms with five positions of the wall and the door."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from typing import Any
+
+import numpy as np
+
+from clbench.contracts import Task, TaskList
+from clbench.data.registry import dataset_id
+from clbench.errors import ConfigError, DataError, unknown_name
+from clbench.streams.core import Suite
+
+LIST = "two_rooms_v1.json"  # made by scripts/make_two_rooms_lists.py
+
+
+def two_rooms_doors(
+    *, rng: np.random.Generator, observation: str = "state", transitions: int = 92_160, episodes: int = 50
+) -> Suite:
+    """Five tasks that differ in where the wall and its door are; the first is PLDM's own layout (wall 32, door 10).
+
+    Each task has random-walk data (PLDM's "good" policy) and frozen pairs of start and goal in different rooms.
+
+    Args:
+        rng: draws the seeds of the data sets.
+        observation: ``"state"`` (positions) or ``"pixels"`` (2 x 65 x 65).
+        transitions: size of each task's data set.
+        episodes: evaluation episodes per task, the first of the 100 shipped ones.
+
+    Raises:
+        ConfigError: more episodes than the list has, or none; an unknown observation.
+    """
+    if observation not in ("state", "pixels"):
+        raise unknown_name("value of observation", observation, ("state", "pixels"), where="stream 'two-rooms-doors'")
+    lists = load_lists()
+    available = len(lists["layouts"][0]["seeds"])
+    if not 1 <= episodes <= available:
+        raise ConfigError(f"two-rooms-doors: episodes must be from 1 to {available} (the frozen list), got {episodes}.")
+    tasks = []
+    for layout in lists["layouts"]:
+        wall_x, door_y = layout["wall_x"], layout["door_y"]
+        name = f"wall-{wall_x:g}-door-{door_y:g}"
+        data = dataset_id(
+            "two-rooms", wall_x=wall_x, door_y=door_y, transitions=transitions, observation=observation,
+            seed=int(rng.integers(2**31)),
+        )  # fmt: skip
+        evaluation = TaskList(
+            f"{lists['name']}/{name}", layout["seeds"], {"start": layout["start"], "goal": layout["goal"]}
+        )
+        kwargs = {"wall_x": wall_x, "door_y": door_y, "observation": observation}
+        tasks.append(Task(name, "clbench/TwoRooms-v0", kwargs, data, evaluation.head(episodes), "success"))
+    return Suite("two-rooms-doors", tasks, updates=2000, env_steps=20_000)
+
+
+def load_lists() -> dict[str, Any]:
+    """The frozen layouts and episodes.
+
+    Raises:
+        DataError: the file is missing or of another version (a broken installation).
+    """
+    path = importlib.resources.files("clbench.streams") / "lists" / LIST
+    try:
+        lists = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot read the evaluation lists {LIST}: {error}. Install clbench again.") from error
+    if lists.get("version") != 1:
+        raise DataError(f"The evaluation lists {LIST} have version {lists.get('version')}, expected 1.")
+    return lists
