@@ -225,7 +225,7 @@ def classify_dataset(
     label_permutation: int | None = None,
     image: bool = False,
 ) -> OfflineDataset:
-    """Labelled examples as one-step episodes of an expert (actions are labels); options of :class:`ClassifyVectorEnv`."""
+    """Labelled examples as one-step episodes whose actions are the labels; options of :class:`ClassifyVectorEnv`."""
     cpu = torch.device("cpu")
     examples = Examples(source, split, permutation, rotation, classes, label_permutation, image, cpu)
     rows = examples.rows

@@ -255,9 +255,9 @@ class GymnasiumVectorEnv:
             same = (stored[key].to(self.device) == replayed[key]).reshape(self.num_envs, -1).all(1)
             if not bool(same.all()):
                 raise DataError(
-                    f"{self.name}: replaying the stored actions of row {int((~same).nonzero()[0])} did not lead to the "
-                    "stored observation, so the run cannot be resumed exactly; the environment must draw all its random "
-                    "numbers from self.np_random, which reset(seed=...) seeds."
+                    f"{self.name}: replaying the stored actions of row {int((~same).nonzero()[0])} did not lead to "
+                    "the stored observation, so the run cannot be resumed exactly; the environment must draw all its "
+                    "random numbers from self.np_random, which reset(seed=...) seeds."
                 )
 
 

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium
-from gymnasium.envs.registration import load_env_creator
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from clbench.config import build, options_of
 from clbench.contracts import VectorEnv
 from clbench.envs.gymnasium_adapter import GymnasiumVectorEnv
 from clbench.envs.seeding import check_batch
-from clbench.errors import ConfigError, unknown_name
-from clbench.registry import entries, resolve
+from clbench.errors import ConfigError, MissingExtraError, unknown_name
+from clbench.registry import entries, load_object, resolve
 
 # ids that exist once a package has been imported: prefix -> package
 PROVIDERS = {"MiniGrid-": "minigrid", "BabyAI-": "minigrid"}
@@ -45,7 +45,7 @@ def make_env(
     batch = {"num_envs": num_envs, "device": device, "autoreset": autoreset}
     where = f"environment {env_id!r}"
     target = _find(env_id)
-    if isinstance(target, gymnasium.envs.registration.EnvSpec):
+    if isinstance(target, EnvSpec):
         return GymnasiumVectorEnv(_gymnasium_factory(target, kwargs, where), name=env_id, **batch)
     if inspect.isclass(target) and issubclass(target, gymnasium.Env):
         _check_keywords(target, kwargs, where)
@@ -63,18 +63,16 @@ def _find(env_id: str) -> Any:
     for prefix, package in PROVIDERS.items():
         if name.startswith(prefix):
             importlib.import_module(package)
-    if module and name.isidentifier():
+    if module and name.replace(".", "_").isidentifier():
         return resolve("envs", env_id)
     if module:
-        importlib.import_module(module)
+        load_object(f"{module}:__name__")  # imports it, with the errors of every other 'module:name'
     if name in gymnasium.registry:
         return gymnasium.registry[name]
     raise unknown_name("environment", env_id, {*entries("envs"), *gymnasium.registry})
 
 
-def _gymnasium_factory(
-    spec: gymnasium.envs.registration.EnvSpec, kwargs: Mapping[str, Any], where: str
-) -> Callable[[], gymnasium.Env]:
+def _gymnasium_factory(spec: EnvSpec, kwargs: Mapping[str, Any], where: str) -> Callable[[], gymnasium.Env]:
     """A function that makes one environment of ``spec``; wrappers of our own are added for MiniGrid."""
     arguments = dict(kwargs)
     wrap: Callable[[gymnasium.Env], gymnasium.Env] = lambda env: env  # noqa: E731
@@ -120,6 +118,8 @@ def _checked(target: Any, kwargs: Mapping[str, Any], where: str) -> dict[str, An
 def _call(function: Any, kwargs: Mapping[str, Any], where: str, fixed: Mapping[str, Any] | None = None) -> Any:
     try:
         return function(**(fixed or {}), **kwargs)
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise MissingExtraError(f"{where} needs a package that is not installed: {error}") from error
     except TypeError as error:
         if "unexpected keyword argument" in str(error) or "required positional argument" in str(error):
             raise ConfigError(f"{where}: {error}.") from error

@@ -10,13 +10,13 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-labels = load_digits().target
+_, labels = load_digits(return_X_y=True)
 train, test = train_test_split(np.arange(len(labels)), test_size=360, random_state=0, stratify=labels)
 content = {
     "version": 1,
     "rows": len(labels),
     "label_checksum": int(labels @ np.arange(len(labels))),  # notices another order or other labels
-    "test": sorted(test.tolist()),
+    "test": sorted(int(i) for i in test),
 }
 path = Path(__file__).resolve().parents[1] / "clbench" / "data" / "digits_split.json"
 path.write_text(json.dumps(content) + "\n")
