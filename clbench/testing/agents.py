@@ -191,8 +191,14 @@ class Case:
             )
         return steps
 
-    def train(self, between: Callable[[Agent, Experience, torch.Generator, int], None] | None = None) -> Run:
+    def train(
+        self,
+        between: Callable[[Agent, Experience, torch.Generator, int], None] | None = None,
+        *,
+        global_seed: int = 0,
+    ) -> Run:
         """One whole ``learn`` call; ``between(agent, experience, rng, consumed)`` is called at every yield."""
+        seed_global(global_seed)
         agent, experience, rng = self.agent(), self.experience(), self.rng(0, "learn")
         self.begin(agent)
         metrics, consumed = [], []
@@ -271,12 +277,17 @@ def _signatures(given: tuple[Any, Any]) -> str | None:
         try:
             inspect.signature(getattr(cls, name)).bind(*args, **kwargs)
         except TypeError as error:
-            wanted = inspect.signature(getattr(Agent, name))
-            text = ", ".join(str(p).split(":")[0].split(" = ")[0] for p in wanted.parameters.values())
             raise Failed(
-                f"{cls.__name__}.{name} cannot be called as the loop does ({error}); define it as {name}({text})."
+                f"{cls.__name__}.{name} cannot be called as the loop does ({error}); define it as {name}{_plain(name)}."
             ) from error
     return None
+
+
+def _plain(method: str) -> str:
+    """The signature of a method of the contract, without annotations."""
+    signature = inspect.signature(getattr(Agent, method))
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(bare))
 
 
 @CLASS_CHECKS.add(
@@ -290,8 +301,8 @@ def _config(given: tuple[Any, Any]) -> str | None:
     if not dataclasses.is_dataclass(config) or forgotten:
         raise Failed(f"{cls.__name__}.Config is not a dataclass (fields {forgotten}); decorate it with @dataclass.")
     where = f"{cls.__name__}.Config"
-    build(config, None, where)
-    build(config, values, where)
+    for given_values in (None, values):
+        build(cls.Config, given_values, where)
     return None
 
 
@@ -310,6 +321,9 @@ def _requires(given: tuple[Any, Any]) -> str | None:
 BUILT = "it can be constructed"
 ACTS = "act returns valid actions"
 LEARNS = "learn yields numbers and consumes its budget"
+DETERMINISTIC = "the same seeds give the same training"
+GLOBAL_FREE = "training uses no process-wide random numbers"
+RESTORES = "a saved state comes back in a fresh agent"
 STATE = "state_dict holds only tensors and plain values"
 
 
@@ -605,7 +619,7 @@ def _closes(case: Case) -> str | None:
     return None
 
 
-@AGENT_CHECKS.add("the same seeds give the same training", needs=LEARNS)
+@AGENT_CHECKS.add(DETERMINISTIC, needs=LEARNS)
 def _learn_deterministic(case: Case) -> str | None:
     changed = case.compare(case.reference, case.train())
     if changed:
@@ -616,10 +630,8 @@ def _learn_deterministic(case: Case) -> str | None:
     return None
 
 
-@AGENT_CHECKS.add("training uses no process-wide random numbers", needs="the same seeds give the same training")
+@AGENT_CHECKS.add(GLOBAL_FREE, needs=DETERMINISTIC)
 def _learn_global(case: Case) -> str | None:
-    seed_global(12345)
-
     def unchanged(*_: Any) -> None:
         changed = difference(state[0], get_global_state())
         if changed:
@@ -629,8 +641,9 @@ def _learn_global(case: Case) -> str | None:
                 "cannot be told in clbench.rng.sealed_global_rng() (not around a yield)."
             )
 
+    seed_global(1)
     state = [get_global_state()]
-    changed = case.compare(case.reference, case.train(unchanged))
+    changed = case.compare(case.reference, case.train(unchanged, global_seed=1))
     if changed:
         raise Failed(f"training depends on the process-wide seed: {changed}; draw from the rng given to learn.")
     return None
@@ -647,7 +660,7 @@ def _learn_inputs(case: Case) -> str | None:
     return None
 
 
-@AGENT_CHECKS.add("evaluation between updates does not change training", needs="the same seeds give the same training")
+@AGENT_CHECKS.add("evaluation between updates does not change training", needs=DETERMINISTIC)
 def _evaluation_free(case: Case) -> str | None:
     def evaluate(agent: Agent, _experience: Experience, _rng: torch.Generator, consumed: int) -> None:
         memory = None
@@ -667,10 +680,13 @@ def _evaluation_free(case: Case) -> str | None:
 # -- saving and resuming ---------------------------------------------------------------------------
 
 
-@AGENT_CHECKS.add("a saved state comes back in a fresh agent", needs=(LEARNS, STATE))
+@AGENT_CHECKS.add(RESTORES, needs=(LEARNS, STATE))
 def _round_trip(case: Case) -> str | None:
     saved = case.reference.state
     _check_state(case, case.reference.agent.state_dict(), "after training")
+    changed = difference(saved, case.reference.agent.state_dict(), "state_dict()")
+    if changed:
+        raise Failed(f"two calls of state_dict in a row differ: {changed}; state_dict must only read.")
     fresh = case.agent(seed=1)
     fresh.load_state_dict(clone(saved))
     changed = difference(saved, fresh.state_dict(), "state_dict()")
@@ -684,12 +700,8 @@ def _round_trip(case: Case) -> str | None:
     return None
 
 
-@AGENT_CHECKS.add("training resumes bit for bit from any yield", needs="a saved state comes back in a fresh agent")
+@AGENT_CHECKS.add("training resumes bit for bit from any yield", needs=(GLOBAL_FREE, RESTORES))
 def _resumes(case: Case) -> str | None:
-    if case.compare(case.reference, case.train()):
-        raise NotApplicable(
-            "the same seeds do not give the same training, so there is nothing to compare a resumed run with"
-        )
     snapshots: list[Snapshot] = []
 
     def snapshot(agent: Agent, experience: Experience, rng: torch.Generator, consumed: int) -> None:
@@ -747,7 +759,7 @@ def _suspects(agent: Agent, restored: Agent) -> str:
     return _differing(attributes(agent), attributes(restored))
 
 
-@AGENT_CHECKS.add("loading a state copies it", needs="a saved state comes back in a fresh agent")
+@AGENT_CHECKS.add("loading a state copies it", needs=RESTORES)
 def _no_alias(case: Case) -> str | None:
     given = clone(case.reference.state)
     agent = case.agent(seed=1)

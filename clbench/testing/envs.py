@@ -46,7 +46,7 @@ def check_env(
     """Run every environment check on ``env``.
 
     Args:
-        env: an environment id, ``"module:Class"``, or a batched class that takes ``num_envs``, ``device`` and ``autoreset``.
+        env: an environment id, ``"module:Class"``, or a batched class (``num_envs``, ``device``, ``autoreset``).
         steps: how many steps each check takes.
         success: whether ``info["is_success"]`` must be there (a task's metric needs it); ``None`` checks it where it is.
         evaluation: an evaluation list whose reset options must be accepted.
@@ -118,10 +118,11 @@ class Case:
         record = []
         for t in range(first, self.steps if last is None else last):
             actions = self.actions(env, seeds, t)
-            answer = env.step(actions)
+            answer: Any = env.step(actions)
             if not (isinstance(answer, tuple) and len(answer) == 5):
                 raise Failed("step must return (observation, reward, terminated, truncated, info).")
-            record.append(Step(actions, *(clone(answer) if keep else answer)))
+            values: Any = clone(answer) if keep else answer
+            record.append(Step(actions, *values))
         return record
 
     def fresh(self, seeds: Sequence[int], autoreset: str = "same_step") -> tuple[VectorEnv, Any, dict]:
@@ -256,7 +257,7 @@ def _truncation(case: Case) -> str | None:
     if limit > 1000:
         raise NotApplicable(f"the limit of {limit} steps takes too long to reach here")
     length = torch.zeros(3, dtype=torch.int64)
-    for s in case.rollout(env, seeds, last=limit + 1):
+    for s in case.rollout(env, seeds, last=min(4 * limit, limit + 200) + 1):
         length += 1
         if bool((length > limit).any()):
             raise Failed(
@@ -272,20 +273,13 @@ def _truncation(case: Case) -> str | None:
     return None
 
 
-def _until_done(case: Case, env: VectorEnv, seeds: Sequence[int]) -> Step | None:
-    """The first step that ends an episode, if there is one soon."""
-    limit = min(env.max_episode_steps or 200, 1000)
-    for t in range(limit + 1):
-        step = case.rollout(env, seeds, t, t + 1)[0]
-        if bool(step.done.any()):
-            return step
-    return None
-
-
 @ENV_CHECKS.add(SAME_STEP, needs=STEPS)
 def _same_step(case: Case) -> str | None:
     seeds = [3, 4, 5]
     env, twin = case.fresh(seeds)[0], case.fresh(seeds, "disabled")[0]
+    running = torch.ones(
+        3, dtype=torch.bool, device=env.device
+    )  # rows in their first episode, comparable with the twin
     for t in range(min(env.max_episode_steps or 200, 1000) + 1):
         auto, plain = (case.rollout(e, seeds, t, t + 1)[0] for e in (env, twin))
         final, valid = auto.info.get("final_obs"), auto.info.get("_final_obs")
@@ -296,25 +290,28 @@ def _same_step(case: Case) -> str | None:
         _column("info['_final_obs']", valid, torch.bool, 3)
         if not torch.equal(valid, auto.done):
             raise Failed(
-                f"info['_final_obs'] is {valid.tolist()}, but the finished rows are {auto.done.tolist()}; they "
-                f"must agree."
+                f"info['_final_obs'] is {valid.tolist()}, but the finished rows are {auto.done.tolist()}; "
+                "they must agree."
             )
         check_observation(final, env.single_observation_space, 3, env.device, "info['final_obs']")
-        done = auto.done
-        if not bool(done.any()):
-            continue
-        if difference(_masked(final, done), _masked(plain.obs, done)):
-            raise Failed(
-                "info['final_obs'] of a finished row is not the last observation of its episode; take it before "
-                "the reset."
-            )
-        for name in ("is_success",):
-            if name in auto.info and difference(auto.info[name][done], plain.info[name][done]):
-                raise Failed(
-                    f"info[{name!r}] of a finished row speaks of the new episode; compute it before the reset."
-                )
-        return _started(case, env, auto)
-    raise NotApplicable("no episode ended")
+        ended = auto.done & running
+        _ended(auto, plain, final, ended)
+        running &= ~ended
+        if not bool(running.any()):
+            return _started(case, env, auto)
+    if bool(running.all()):
+        raise NotApplicable("no episode ended")
+    return None
+
+
+def _ended(auto: Step, plain: Step, final: Any, ended: Tensor) -> None:
+    """Compare rows whose first episode ends in this step with the same rows of an environment without autoreset."""
+    if difference(_masked(final, ended), _masked(plain.obs, ended)):
+        raise Failed(
+            "info['final_obs'] of a finished row is not the last observation of its episode; take it before the reset."
+        )
+    if "is_success" in auto.info and difference(auto.info["is_success"][ended], plain.info["is_success"][ended]):
+        raise Failed("info['is_success'] of a finished row speaks of the new episode; compute it before the reset.")
 
 
 def _started(case: Case, env: VectorEnv, step: Step) -> str | None:
@@ -479,7 +476,7 @@ def _aliasing(case: Case) -> str | None:
     first = env.reset(seed=seeds)[0]
     kept, copies = [first], [clone(first)]
     for s in case.rollout(env, seeds, keep=False):
-        kept.append((s.obs, s.reward, s.terminated, s.truncated, {k: v for k, v in s.info.items()}))
+        kept.append((s.obs, s.reward, s.terminated, s.truncated, dict(s.info)))
         copies.append(clone(kept[-1]))
     changed = difference(copies, kept)
     if changed:

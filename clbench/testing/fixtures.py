@@ -64,7 +64,9 @@ class ToyVectorEnv:
         self.discrete, self.pixels, self.goal = discrete, pixels, goal
         self.single_observation_space = self._observation_space()
         limits = np.array(_LIMITS, np.float32)
-        self.single_action_space = gymnasium.spaces.Discrete(4) if discrete else gymnasium.spaces.Box(-limits, limits)
+        self.single_action_space: gymnasium.Space = (
+            gymnasium.spaces.Discrete(4) if discrete else gymnasium.spaces.Box(-limits, limits)
+        )
         self.seeds = torch.arange(num_envs, device=self.device)
         self.episodes = torch.full((num_envs,), -1, device=self.device)
         self.steps = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
@@ -127,9 +129,10 @@ class ToyVectorEnv:
     def _success(self) -> Tensor:
         return (self.position - self.target).norm(dim=1) < 0.4
 
-    def compute_reward(self, achieved_goal: Tensor, desired_goal: Tensor, info: Any = None) -> Tensor:
-        """Relabelled reward (B,): 0 at the goal, else -1."""
-        distance = (achieved_goal.to(torch.float32) - desired_goal.to(torch.float32)).flatten(1).norm(dim=1)
+    def compute_reward(self, achieved_goal: Any, desired_goal: Any, info: Any = None) -> Tensor:
+        """Relabelled reward (B,): 0 at the goal, else -1. Takes tensors or, as Stable-Baselines3 sends them, arrays."""
+        achieved, desired = (torch.as_tensor(g, dtype=torch.float32) for g in (achieved_goal, desired_goal))
+        distance = (achieved - desired).flatten(1).norm(dim=1)
         return -(distance >= 0.4).to(torch.float32)
 
     def _observe(self) -> Any:
