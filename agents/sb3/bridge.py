@@ -151,7 +151,7 @@ def compute_reward(env: VectorEnv, agent: str) -> Any:
     method = getattr(env, "compute_reward", None)
     if method is None:
         raise ConfigError(
-            f"Agent {agent!r} relabels goals in hindsight, but {type(env).__name__} has no compute_reward(achieved_goal, "
+            f"Agent {agent!r} relabels goals in hindsight, but the environment has no compute_reward(achieved_goal, "
             "desired_goal, infos); add the method to the environment or set her=false."
         )
     return method
