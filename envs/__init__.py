@@ -31,5 +31,4 @@ gymnasium.register(
     id="clbench/Classify-v0",
     entry_point="clbench.envs.classify:ClassifyEnv",
     vector_entry_point="clbench.envs.classify:ClassifyVectorEnv",
-    max_episode_steps=1,
 )

@@ -10,11 +10,12 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from clbench.data.dataset import OfflineDataset
 from clbench.data.labelled import Labelled, load_source
-from clbench.envs.seeding import EpisodeSeeds, check_batch, split_options
+from clbench.envs.seeding import AUTORESETS, EpisodeSeeds, check_batch, split_options
 from clbench.errors import ConfigError, ContractError
 from clbench.rng import hash_seeds, hash_uniform
 
@@ -58,7 +59,7 @@ class Examples:
         return x.reshape(-1, *self.shape)
 
 
-class ClassifyVectorEnv:
+class ClassifyVectorEnv(gymnasium.vector.VectorEnv):
     """One-step episodes: observation = input, action = class, reward = 1 if correct, else 0; success = correct.
 
     | | |
@@ -101,6 +102,9 @@ class ClassifyVectorEnv:
         ex = self.examples
         self.single_observation_space = spaces.Box(ex.low, ex.high, ex.shape, np.float32)
         self.single_action_space = spaces.Discrete(ex.num_classes)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.metadata = {"autoreset_mode": AUTORESETS[autoreset], "render_modes": ["rgb_array"]}
         self._seeds = EpisodeSeeds(num_envs, self.device)
         self._rows = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
 
@@ -157,9 +161,6 @@ class ClassifyVectorEnv:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._seeds.load_state_dict(state["seeds"])
         self._rows = state["rows"].to(self.device, copy=True)
-
-    def close(self) -> None:
-        pass
 
     def _draw(self) -> Tensor:
         """Source rows (B,), each a function of the row's episode seed."""

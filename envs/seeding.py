@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from clbench.errors import ConfigError, unknown_name
 from clbench.rng import hash_seeds
 
-AUTORESETS = ("same_step", "disabled")
+AUTORESETS = {"same_step": AutoresetMode.SAME_STEP, "disabled": AutoresetMode.DISABLED}
 
 
 class EpisodeSeeds:
