@@ -95,7 +95,8 @@ def stop_at_walls(position: Tensor, action: Tensor, layout: Layout, noise: Tenso
     too_early = door_in > begin
     meet = torch.where(too_early, begin, torch.maximum(door_out, begin))
     hit = (begin < strip_out) & (too_early | (door_out < strip_out))
-    border = torch.fmax((LOW - position) / action, (HIGH - position) / action).amin(0)
+    # the later of both borders on each axis; an axis that does not move gives +-inf (fmax drops NaN)
+    border = torch.fmax((LOW - position) / action, (HIGH - position) / action).abs().amin(0)
     time = torch.minimum(border, torch.where(hit, meet, 1.0)).clamp(max=1)
     x, y = torch.addcmul(position, time, action).clamp(LOW, HIGH)
     entered, left = (
@@ -419,7 +420,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
     def _show(self, points: Tensor, rows: Tensor | None = None, old: Tensor | None = None) -> Tensor:
         """Points (2, B) as observations; only ``rows`` differ from the observations ``old``, which stay as they are."""
         if not self.pixels:
-            return points.t().contiguous()
+            return points.t().clone(memory_format=torch.contiguous_format)
         if rows is None or old is None:
             return _draw(self._walls_of(None), points)
         frames = old.clone()
