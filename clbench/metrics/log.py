@@ -139,7 +139,7 @@ class EvalLog:
         new = np.ones(len(self), dtype=bool)
         new[1:] = np.logical_or.reduce([c[1:] != c[:-1] for c in (self.phase, self.step, self.task)])
         starts = np.flatnonzero(new)
-        ends = np.append(starts[1:], len(self))
+        ends = np.append(starts, len(self))[1:]
         return tuple(self._evaluation(int(a), int(b), expected) for a, b in zip(starts, ends, strict=True))
 
     def _evaluation(self, start: int, end: int, expected: dict[str, int]) -> Evaluation:

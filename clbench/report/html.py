@@ -187,7 +187,7 @@ def _excluded(groups: Sequence[Group], broken: Sequence[BrokenRun]) -> str:
     return (
         "<h3>Runs that are not averaged</h3>"
         + _table(("Run directory", "What", "Why"), rows, text_columns=(1, 2))
-        + _caption("They are counted as failures in the tables where agent and stream are known.")
+        + _caption("Runs that did not finish are counted as failures in the tables of their agent.")
     )
 
 
@@ -221,7 +221,8 @@ def _description(group: Group) -> str:
     )  # fmt: skip
     text = (
         f"{summary}{_plural(len(group.tasks), 'task')}, {_plural(len(run.phases), 'phase')}, "
-        f"{count_text(key['budget'])} {unit} in all; evaluated {evaluated}. The agent is told {told.get(str(key['reveals']), str(key['reveals']))}."
+        f"{count_text(key['budget'])} {unit} in all; evaluated {evaluated}. "
+        f"The agent is told {told.get(str(key['reveals']), str(key['reveals']))}."
     )
     options = {k: key[k] for k in ("stream_options", "schedule_options") if key[k]}
     if options:
@@ -333,8 +334,8 @@ def _paired(group: Group, baseline: str | None) -> str:
     header = ("Difference", "Seeds", "P(better final score)", *(TITLES[m] for m in shown))
     return f"<h3>Paired differences</h3>{_table(header, rows)}" + _caption(
         "First agent minus second on the same seeds (the same tasks, data and evaluation episodes), mean and 95 % "
-        "interval. One that excludes 0 is a difference these seeds can tell. The probability is over pairs of runs, averaged "
-        f"over tasks, ties counted half.{note}"
+        "interval. One that excludes 0 is a difference these seeds can tell. The probability is over pairs of runs, "
+        f"averaged over tasks, ties counted half.{note}"
     )
 
 

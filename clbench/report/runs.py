@@ -235,7 +235,7 @@ def _order(run: Run) -> tuple[str, ...]:
     key = _group_key(run)
     return (
         key["stream"],
-        key["schedule"],
+        "" if key["schedule"] == "sequential" else key["schedule"],
         protocols.get(run.protocol, "3"),
         json.dumps(key, sort_keys=True, default=str),
     )
