@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -31,13 +32,11 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if type(None) in args and value in (None, "none", "None"):
             return None
-        for option in args:
-            if option is not type(None):
-                try:
-                    return coerce(value, option, where)
-                except ConfigError as error:
-                    last = error
-        raise last
+        options = [a for a in args if a is not type(None)]
+        for option in options[:-1]:
+            with contextlib.suppress(ConfigError):
+                return coerce(value, option, where)
+        return coerce(value, options[-1], where)  # its error stands for all
     if origin in (tuple, list):
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple):

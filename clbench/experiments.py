@@ -182,13 +182,12 @@ def resolve_run(config: RunConfig, *, agent_class: Any = None, stream: Stream | 
             reveals=config.reveals, options=config.stream_options, schedule_options=config.schedule_options,
         )  # fmt: skip
 
-    if stream is None:
-        stream = made("updates")
-        unit = experience_unit(found, stream)
-        stream = stream if unit == "updates" else made(unit)
-    unit = experience_unit(found, stream)
-    stream = {"sequential": lambda s: s, "independent": one_phase_per_task, "joint": joint}[config.protocol](stream)
-    return Resolved(config, found, agent_config, stream, unit)
+    full = made("updates") if stream is None else stream
+    unit = experience_unit(found, full)
+    if stream is None and unit == "env_steps":
+        full = made(unit)
+    arrange = {"sequential": lambda s: s, "independent": one_phase_per_task, "joint": joint}[config.protocol]
+    return Resolved(config, found, agent_config, arrange(full), unit)
 
 
 def default_out(config: RunConfig, root: str | Path = "runs") -> Path:
@@ -300,6 +299,10 @@ def _run_in(
                 status = "complete"
             except OSError as error:
                 raise unwritable(path, error) from error
+            except ClbenchError as error:
+                if not directory.checkpoint.exists() and not isinstance(error, Interrupted):
+                    directory.clear()  # it failed before there was anything to keep
+                raise
             finally:
                 if directory.checkpoint.exists():
                     results = write_results(resolved, directory, status, loop.cost(), reference)
@@ -444,7 +447,7 @@ def write_results(
         "matrix": _with_nulls(log.matrix(tasks, len(stream.phases))),
         "metrics": compute_metrics(log, tasks, stream.phases, reference),
         "cost": dict(cost),
-        "provenance": provenance(),
+        "provenance": read_json(directory.config)["provenance"],  # of the start of the run
     }
     write_json(directory.results, results)
     return results

@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -310,15 +310,9 @@ class Loop:
         every = max(1, phase.budget // 10) if every is None else every
         phase_start = sum(b for i, b in self.segments[: position.segment] if i < index)
         log_every = max(1, phase.budget // LOG_POINTS_PER_PHASE)
-        learning = iter(self._timed_learn(experience, budget - resumed_at, rng))
-        for count, metrics in enumerate(learning, start=1):
-            position.consumed = self._units(metrics, count, resumed_at, budget)
-            if meter is not None:
-                position.env_steps = steps_before + meter.steps
-            self._log(metrics, index + 1, log_every)
-            self.on_progress(position, metrics, self.scores)
-            if position.consumed >= budget:
-                continue  # what the agent does after its last yield belongs to this segment: do not stop before it is done
+
+        def pause() -> None:
+            """Between two yields, when the agent's state is whole: evaluate where due, stop if asked, save now and then."""
             try:
                 since, last = position.step - phase_start, max(position.evaluated - phase_start, 0)
                 if every and since // every > last // every:
@@ -326,12 +320,23 @@ class Loop:
                 self.should_stop()
             except (Interrupted, KeyboardInterrupt):
                 self._checkpoint(self._learn_state(rng, experience))
-                learning.close()
                 raise
-            if time.monotonic() - self._last_checkpoint > max(
-                self.settings.checkpoint_seconds, 10 * self._checkpoint_cost
-            ):
+            age = time.monotonic() - self._last_checkpoint
+            if age > max(self.settings.checkpoint_seconds, 10 * self._checkpoint_cost):
                 self._checkpoint(self._learn_state(rng, experience))
+
+        if resumed_at:
+            pause()  # an evaluation may have been due when the run stopped
+        with contextlib.closing(self._timed_learn(experience, budget - resumed_at, rng)) as learning:
+            for count, metrics in enumerate(learning, start=1):
+                position.consumed = self._units(metrics, count, resumed_at, budget)
+                if meter is not None:
+                    position.env_steps = steps_before + meter.steps
+                self._log(metrics, index + 1, log_every)
+                self.on_progress(position, metrics, self.scores)
+                # what the agent does after its last yield belongs to this segment: no pause before it is done
+                if position.consumed < budget:
+                    pause()
         position.consumed = budget
         if meter is not None:
             position.env_steps = steps_before + meter.steps
@@ -339,7 +344,9 @@ class Loop:
         if self.unit == "updates":
             position.updates += budget
 
-    def _timed_learn(self, experience: Experience, budget: int, rng: torch.Generator) -> Iterator[Mapping[str, float]]:
+    def _timed_learn(
+        self, experience: Experience, budget: int, rng: torch.Generator
+    ) -> Generator[Mapping[str, float], None, None]:
         """``agent.learn`` with its time measured and its exceptions in one sentence."""
         iterator = None
         try:
@@ -364,7 +371,7 @@ class Loop:
                     )
                 yield metrics
         finally:
-            if iterator is not None and hasattr(iterator, "close"):
+            if isinstance(iterator, Generator):
                 iterator.close()
 
     def _units(self, metrics: Mapping[str, float], count: int, resumed_at: int, budget: int) -> int:
@@ -611,7 +618,9 @@ def blame(plugin: Any, what: str) -> Iterator[None]:
 
 def phase_records(stream: Stream) -> Sequence[Mapping[str, Any]]:
     """The phases as plain values, for config.json."""
-    return [
-        {"task": list(p.tasks) if len(p.tasks) > 1 else p.tasks[0], "budget": p.budget, "visit": p.visit}
-        for p in stream.phases
-    ]
+
+    def record(phase: Phase) -> Mapping[str, Any]:
+        task = phase.task if isinstance(phase.task, str) else list(phase.task)
+        return {"task": task, "budget": phase.budget, "visit": phase.visit}
+
+    return [record(p) for p in stream.phases]

@@ -305,9 +305,14 @@ class RunDirectory:
             leftover.unlink(missing_ok=True)
 
     def close(self) -> None:
+        """Close the logs and release the lock; a folder without a run is left without a trace."""
         self.eval.close()
         self.train.close()
         if self._lock is not None:
+            if not self.config.exists():
+                (self.path / ".lock").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty: it holds something of the user's
+                    self.path.rmdir()
             self._lock.close()
             self._lock = None
 

@@ -97,7 +97,8 @@ def load_stored_dataset(path: str | Path, device: Any = "cpu") -> OfflineDataset
     except FileNotFoundError as error:
         raise DataError(f"There is no data set at {path}.") from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise DataError(f"{path} is corrupt or truncated ({type(error).__name__}: {error}); make or copy it again.") from error
+        detail = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path} is corrupt or truncated ({detail}); make or copy it again.") from error
     for key, array in arrays.items():
         if array.dtype.name not in _DTYPES or _checksum(array) != header["sha256"][key]:
             raise DataError(f"{path} is corrupt: the checksum of {key!r} does not match; make or copy the file again.")
