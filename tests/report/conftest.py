@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 # one white pixel
-PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8/5+hHgAHggJ/PchI7wAAAABJRU5ErkJggg==")
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8/5+hHgAHggJ/PchI7wAAAABJRU5ErkJggg=="
+)
 
 
 def write_run(
@@ -69,9 +71,10 @@ def write_run(
         writer.writerow(("phase", "visit", "step", "task", "episode", "score", "return", "length"))
         writer.writerows(rows)
     settings = {"stream": stream, "agent": agent, "seed": seed, "schedule": schedule, "protocol": protocol,
-                "reveals": "boundaries", "budget": budget, "eval_every": budget // per_phase, "num_envs": 8, "device": "cpu",
-                "agent_options": {"lr": 1e-3}, "stream_options": {}, "schedule_options": {}} | config  # fmt: skip
-    provenance = {"clbench": "0.1.0", "python": "3.11.2", "git": "0123abc", "dirty": False, "cpu": "a processor", "cores": 2}
+                "reveals": "boundaries", "budget": budget, "eval_every": budget // per_phase, "num_envs": 8,
+                "device": "cpu", "agent_options": {"lr": 1e-3}, "stream_options": {},
+                "schedule_options": {}} | config  # fmt: skip
+    provenance = {"clbench": "0.1.0", "python": "3.11.2", "git": "0123abc", "dirty": False, "cpu": "a CPU", "cores": 2}
     record = {"schema": 1, "config": settings, "unit": "updates", "tasks": list(tasks), "phases": phases,
               "stream_hash": f"{stream}-{seed}", "provenance": provenance}  # fmt: skip
     (path / "config.json").write_text(json.dumps(record))
