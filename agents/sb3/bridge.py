@@ -17,7 +17,7 @@ from clbench.errors import ConfigError, ContractError
 
 def to_numpy(obs: Any) -> Any:
     """Tensors (or a dict of them) as NumPy arrays of their own, so that nobody else's memory is shared."""
-    return {k: to_numpy(v) for k, v in obs.items()} if isinstance(obs, Mapping) else np.array(obs.detach().cpu())
+    return {k: to_numpy(v) for k, v in obs.items()} if isinstance(obs, Mapping) else obs.detach().cpu().numpy().copy()
 
 
 class Bridge(VecEnv):
