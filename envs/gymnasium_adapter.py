@@ -7,7 +7,7 @@ for every environment that is deterministic given its seed, without pickling sim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -77,10 +77,10 @@ class GymnasiumVectorEnv:
         if any(o is None for i, o in enumerate(self._obs) if i not in rows):
             raise ConfigError(f"{self.name}: the first reset must be of all rows.")
         self._seeds.start(seed, mask)
-        success = np.zeros(self.num_envs, dtype=bool)
         for i in rows:
             self._options[i] = {key: _plain(column[i]) for key, column in columns.items()} or None
-            success[i] = self._begin(i)
+        success = np.zeros(self.num_envs, dtype=bool)
+        success[rows] = self._begin(rows)
         return self._tensors(self._obs), self._info(success)
 
     def step(self, actions: Any) -> tuple[Any, Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -108,9 +108,10 @@ class GymnasiumVectorEnv:
             info["final_obs"], info["_final_obs"] = obs, self._to(done)
             if done.any():
                 self._seeds.start(None, torch.from_numpy(done))
-                for i in done.nonzero()[0]:
+                ended = done.nonzero()[0].tolist()
+                for i in ended:
                     self._options[i] = None
-                    self._begin(int(i))
+                self._begin(ended)
                 obs = self._tensors(self._obs)
         return obs, self._to(rewards), self._to(over[0]), self._to(over[1]), info
 
@@ -158,8 +159,8 @@ class GymnasiumVectorEnv:
             self._obs = [None] * self.num_envs
             return
         actions = iter(state["actions"].cpu().numpy())
+        self._begin(range(self.num_envs))
         for i, length in enumerate(state["lengths"].tolist()):
-            self._begin(i)
             for _ in range(length):
                 _, self._over[0, i], self._over[1, i], _ = self._advance(i, next(actions))
         self._check_replay(state["observation"])
@@ -168,18 +169,21 @@ class GymnasiumVectorEnv:
         for env in self.envs:
             env.close()
 
-    # -- one row ----------------------------------------------------------------------------------------------------
+    # -- rows ----------------------------------------------------------------------------------------------------
 
-    def _begin(self, i: int) -> bool:
-        """Start row ``i``'s episode with its current seed and options; -> success."""
-        seed = int(self._seeds.current()[i]) & MAX_SEED
-        options = self._options[i]
-        arrays = options and {k: np.array(v) if isinstance(v, list) else v for k, v in options.items()}
-        obs, info = self.envs[i].reset(seed=seed, options=arrays)
-        self._actions[i] = []
-        self._over[:, i] = False
-        self._obs[i] = self._checked(obs, i)
-        return self._success(info)
+    def _begin(self, rows: Iterable[int]) -> list[bool]:
+        """Start the episodes of ``rows`` with their current seeds and options; -> success of each."""
+        seeds = self._seeds.current().tolist()
+        success = []
+        for i in rows:
+            options = self._options[i]
+            arrays = options and {k: np.array(v) if isinstance(v, list) else v for k, v in options.items()}
+            obs, info = self.envs[i].reset(seed=seeds[i] & MAX_SEED, options=arrays)
+            self._actions[i] = []
+            self._over[:, i] = False
+            self._obs[i] = self._checked(obs, i)
+            success.append(self._success(info))
+        return success
 
     def _advance(self, i: int, action: np.ndarray) -> tuple[float, bool, bool, bool]:
         """-> reward, terminated, truncated, success."""

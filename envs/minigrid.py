@@ -158,16 +158,12 @@ class GoalImage(GoalObservation):
 
     def observe(self, obs: dict[str, Any]) -> dict[str, np.ndarray]:
         x, y = (int(v) for v in self.grid_env.agent_pos)
+        cells = np.moveaxis(self.grid_env.grid.encode(), -1, 0)
         return {
-            "observation": self._picture(x, y, obs["direction"]),
-            "achieved_goal": self._picture(x, y, 0),
-            "desired_goal": self._picture(*self.goal, 0),
+            "observation": _with_agent(cells, x, y, obs["direction"]),
+            "achieved_goal": _with_agent(cells, x, y, 0),
+            "desired_goal": _with_agent(cells, *self.goal, 0),
         }
-
-    def _picture(self, x: int, y: int, direction: int) -> np.ndarray:
-        cells = self.grid_env.grid.encode()
-        cells[x, y] = AGENT, RED, direction
-        return np.moveaxis(cells, -1, 0)
 
     def compute_reward(self, achieved_goal: Any, desired_goal: Any, info: Any) -> np.ndarray:
         """Compares where the agent stands in both pictures; doors and keys do not count."""
@@ -192,6 +188,12 @@ def wrapper_of(observation: str) -> Callable[[gymnasium.Env], gymnasium.Env]:
     if observation not in OBSERVATIONS:
         raise unknown_name("MiniGrid observation", str(observation), OBSERVATIONS)
     return OBSERVATIONS[observation]
+
+
+def _with_agent(cells: np.ndarray, x: int, y: int, direction: int) -> np.ndarray:
+    picture = cells.copy()
+    picture[:, x, y] = AGENT, RED, direction
+    return picture
 
 
 def _flat_space(env: MiniGridEnv) -> spaces.Box:

@@ -131,7 +131,7 @@ def test_rotation_is_bilinear_per_picture():
     turned = classify_dataset(rotation=33.0, image=True).observations
     one = ndimage.rotate(DIGITS.x[DIGITS.train[7]].numpy(), 33.0, reshape=False, order=1)
     np.testing.assert_allclose(turned[7, 0].numpy(), one, atol=1e-6)
-    assert 0 <= float(turned.min()) and float(turned.max()) <= 1
+    assert float(turned.min()) >= 0 and float(turned.max()) <= 1
 
 
 def test_class_split_keeps_the_head():
