@@ -44,7 +44,7 @@ def check_agent(
     cls: type[Agent],
     *,
     config: Mapping[str, Any] | None = None,
-    budget: int = 64,
+    budget: int = 128,
     num_envs: int = 4,
     fixtures: Sequence[Fixture] | None = None,
 ) -> Report:

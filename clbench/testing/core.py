@@ -109,7 +109,8 @@ class Report:
         lines.append(f"{self.target}: " + ", ".join(f"{n} {s}" for s, n in counts.items()))
         return "\n".join(lines)
 
-    __str__ = text
+    def __str__(self) -> str:
+        return self.text(verbose=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,13 +169,13 @@ def explain(error: BaseException, plugin: Any) -> str:
     what = said if isinstance(error, ClbenchError) else f"{type(error).__name__}: {said}"
     if not frames:
         return f"{_name(plugin)} made the check stop with {what}"
-    source = _source(plugin)
-    at = next((f for f in reversed(frames) if os.path.realpath(f.filename) == source), None)
-    if at is None and isinstance(error, ClbenchError):
+    sources = _sources(plugin)
+    own = [f for f in frames if os.path.realpath(f.filename) in sources]
+    if not own and isinstance(error, ClbenchError):
         return said  # our own message about the plug-in, raised by our own code
-    at = at or frames[0]
-    return f"{_label(plugin, frames[0].name)} raised {what} ({os.path.basename(at.filename)}, line {at.lineno}, "
-    f"in {at.name})"
+    at = own[-1] if own else frames[-1]
+    label = _label(plugin, own[0].name) + " raised " if own else ""
+    return f"{label}{what} ({os.path.basename(at.filename)}, line {at.lineno}, in {at.name})"
 
 
 def _ours(filename: str) -> bool:
@@ -190,11 +191,15 @@ def _label(plugin: Any, function: str) -> str:
     return f"{_name(plugin)}.{function}" if inspect.isclass(plugin) else _name(plugin)
 
 
-def _source(plugin: Any) -> str:
-    try:
-        return os.path.realpath(inspect.getsourcefile(plugin) or "")
-    except TypeError:
-        return ""
+def _sources(plugin: Any) -> set[str]:
+    """The files that a plug-in is written in: its own, and those of its base classes outside the contract."""
+    found = set()
+    for part in inspect.getmro(plugin)[:-1] if inspect.isclass(plugin) else (plugin,):
+        try:
+            found.add(os.path.realpath(inspect.getsourcefile(part) or ""))
+        except TypeError:  # built in, or a string
+            continue
+    return found
 
 
 # -- trees of tensors and plain values -------------------------------------------------------------

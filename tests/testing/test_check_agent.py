@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -34,14 +35,13 @@ class Good(Agent):
 
     def __init__(self, spaces, config, *, device, rng):
         super().__init__(spaces, config, device=device, rng=rng)
-        parts = (
-            spaces.observation.spaces.values()
-            if isinstance(spaces.observation, gymnasium.spaces.Dict)
-            else [spaces.observation]
-        )
+        action: Any = spaces.action
+        observation: Any = spaces.observation
+        dict_of = isinstance(observation, gymnasium.spaces.Dict)
+        parts: list[Any] = list(observation.spaces.values()) if dict_of else [observation]
         self.size = sum(int(np.prod(p.shape)) for p in parts)
         self.discrete = isinstance(spaces.action, gymnasium.spaces.Discrete)
-        self.out = int(spaces.action.n) if self.discrete else spaces.action.shape[0]
+        self.out = int(action.n) if self.discrete else action.shape[0]
         self.weight = torch.randn(self.size, self.out, generator=rng) * 0.1
         self.momentum = torch.zeros_like(self.weight)
         self.updates = 0
@@ -56,7 +56,8 @@ class Good(Agent):
     def choose(self, scores):
         if self.discrete:
             return scores.argmax(1)
-        low, high = torch.from_numpy(self.spaces.action.low), torch.from_numpy(self.spaces.action.high)
+        space: Any = self.spaces.action
+        low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
         return scores.clamp(low, high)
 
     def act(self, obs, memory, first, *, rng, task=None, explore=False):
@@ -136,7 +137,7 @@ def test_checking_leaves_the_process_wide_generators_alone():
     assert difference(before, get_global_state()) is None
 
 
-# -- one broken agent per check ---------------------------------------------------------------------------------------
+# -- one broken agent per check --------------------------------------------------------------------
 
 
 class NotAnAgent:
@@ -447,15 +448,27 @@ class ChangesLoadedInPlace(KeepsReferences):
         return super().update(dataset, rng)
 
 
-BROKEN = [
-    (NotAnAgent, "it is an Agent subclass with all methods", "not a subclass of clbench.Agent; write `class NotAnAgent"),
+BROKEN: list[tuple[Any, str, str]] = [
+    (
+        NotAnAgent,
+        "it is an Agent subclass with all methods",
+        "not a subclass of clbench.Agent; write `class NotAnAgent",
+    ),
     (NoAct, "it is an Agent subclass with all methods", "NoAct does not define act"),
-    (WrongSignature, "its methods take the arguments of the contract", r"define it as act\(self, obs, memory, first, \*, rng"),
+    (
+        WrongSignature,
+        "its methods take the arguments of the contract",
+        r"define it as act\(self, obs, memory, first, \*, rng",
+    ),
     (NoDataclass, "Config is a dataclass whose fields all have defaults", "decorate it with @dataclass"),
     (NoDefault, "Config is a dataclass whose fields all have defaults", "field 'lr' .* has no default; give it one"),
     (UnknownRequirement, "requires names only known requirements", "'datasets'.*Did you mean 'dataset'"),
     (Impossible, "there is a task that meets requires", "no task can meet at once"),
-    (FailsInInit, "it can be constructed", r"FailsInInit.__init__ raised ValueError: only two dimensions \(test_check_agent"),
+    (
+        FailsInInit,
+        "it can be constructed",
+        r"FailsInInit.__init__ raised ValueError: only two dimensions \(test_check_agent",
+    ),
     (Squeezed, "act returns valid actions", r"shape \(4, 1\), expected \(4, 2\): one row per environment"),
     (DoublePrecision, "act returns valid actions", r"float64, expected torch.float32: convert"),
     (Unclamped, "act returns valid actions", "outside the action space .*; rescale or clamp"),
@@ -468,12 +481,28 @@ BROKEN = [
     (KeepsStateOnItself, "the same generator state gives the same actions", "keep nothing between calls"),
     (ChangesObs, "act does not change its inputs", r"changed its argument 'obs' in place; work on a copy \(obs.clone"),
     (ChangesMemory, "act does not change its inputs", "'memory' in place"),
-    (CountsCalls, "evaluation leaves the agent unchanged", r"state_dict\(\)\['updates'\] is 0 in one and 1 in the other"),
+    (
+        CountsCalls,
+        "evaluation leaves the agent unchanged",
+        r"state_dict\(\)\['updates'\] is 0 in one and 1 in the other",
+    ),
     (DrawsFromInitGenerator, "evaluation leaves the agent unchanged", "draw only from the rng given to act"),
-    (GlobalInit, "acting uses no process-wide random numbers", "__init__ used the process-wide generator of torch; pass gen"),
+    (
+        GlobalInit,
+        "acting uses no process-wide random numbers",
+        "__init__ used the process-wide generator of torch; pass gen",
+    ),
     (GlobalAct, "acting uses no process-wide random numbers", "act used the process-wide generator of numpy"),
-    (ArrayInState, "state_dict holds only tensors and plain values", r"\['weight'\] is a numpy.ndarray; store only tensors"),
-    (FailsInLearn, "learn yields numbers and consumes its budget", r"FailsInLearn.learn raised RuntimeError: the loss exploded"),
+    (
+        ArrayInState,
+        "state_dict holds only tensors and plain values",
+        r"\['weight'\] is a numpy.ndarray; store only tensors",
+    ),
+    (
+        FailsInLearn,
+        "learn yields numbers and consumes its budget",
+        r"FailsInLearn.learn raised RuntimeError: the loss exploded",
+    ),
     (LearnIsNoGenerator, "learn yields numbers and consumes its budget", "returned a list; make it a generator"),
     (YieldsTensor, "learn yields numbers and consumes its budget", r"'loss': Tensor; yield names and Python floats"),
     (YieldsNaN, "learn yields numbers and consumes its budget", "'loss' = nan"),
@@ -487,13 +516,21 @@ BROKEN = [
     (ChangesData, "learn does not change the data set", "changed dataset.actions in place"),
     (EvaluationReachesTraining, "evaluation between updates does not change training", "act must not touch"),
     (ForgetsToLoad, "a saved state comes back in a fresh agent", r"\['momentum'\] differs .*; load every key"),
-    (ForgetsToSaveWeight, "a saved state comes back in a fresh agent", "self.weight is not restored; save all that act uses"),
-    (ForgetsToSaveMomentum, "training resumes bit for bit from any yield", "missing from state_dict: self.momentum is not rest"),
+    (
+        ForgetsToSaveWeight,
+        "a saved state comes back in a fresh agent",
+        "self.weight is not restored; save all that act uses",
+    ),
+    (
+        ForgetsToSaveMomentum,
+        "training resumes bit for bit from any yield",
+        "missing from state_dict: self.momentum is not rest",
+    ),
     (LocalVariable, "training resumes bit for bit from any yield", "perhaps a local variable of learn"),
     (StateDictWrites, "a saved state comes back in a fresh agent", "two calls of state_dict in a row differ"),
     (SavingReachesTraining, "training resumes bit for bit from any yield", "state_dict must only read"),
     (ChangesLoadedInPlace, "loading a state copies it", r"changed the given state\['weight'\].*; copy what you keep"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("cls", "check", "message"), BROKEN, ids=[b[0].__name__ for b in BROKEN])

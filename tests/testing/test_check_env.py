@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -232,16 +234,32 @@ class SilentRender(ToyVectorEnv):
         raise NotImplementedError
 
 
-BROKEN = [
-    (NoSpaces, "it has spaces, a size, a device and an autoreset mode", "single_action_space is None; set it to a Gymnasium"),
+BROKEN: list[tuple[Any, str, str]] = [
+    (
+        NoSpaces,
+        "it has spaces, a size, a device and an autoreset mode",
+        "single_action_space is None; set it to a Gymnasium",
+    ),
     (NoRender, "it has spaces, a size, a device and an autoreset mode", "has no render; see clbench.VectorEnv"),
     (DoubleObservation, "reset gives observations inside the space", "float64, but its space says float32; change one"),
     (OutsideSpace, "reset gives observations inside the space", "outside its space .*; widen the space or clamp"),
-    (ForgetsBatch, "reset gives observations inside the space", r"shape \(3,\), expected \(1, 3\): one row per environment"),
+    (
+        ForgetsBatch,
+        "reset gives observations inside the space",
+        r"shape \(3,\), expected \(1, 3\): one row per environment",
+    ),
     (ArrayObservation, "reset gives observations inside the space", "is a ndarray; return torch tensors"),
     (NoGoalKey, "reset gives observations inside the space", "expected a dict with the keys .*'desired_goal'"),
-    (FailsInStep, "step gives five answers of the right shapes and types", r"FailsInStep.step raised KeyError: 'door' \(test_"),
-    (FloatDone, "step gives five answers of the right shapes and types", r"terminated is \(1,\) torch.float32, expected"),
+    (
+        FailsInStep,
+        "step gives five answers of the right shapes and types",
+        r"FailsInStep.step raised KeyError: 'door' \(test_",
+    ),
+    (
+        FloatDone,
+        "step gives five answers of the right shapes and types",
+        r"terminated is \(1,\) torch.float32, expected",
+    ),
     (InfiniteReward, "step gives five answers of the right shapes and types", "rewards must be finite"),
     (NoSuccess, "info['is_success'] is a boolean per row", "add a .B,. bool tensor to every step"),
     (NeverTruncates, "episodes end by max_episode_steps", "went on after max_episode_steps=8 steps; set truncated"),
@@ -255,14 +273,22 @@ BROKEN = [
     (OwnGenerator, "the same seeds and actions give the same episodes", "draw all randomness from the seed of reset"),
     (GlobalNoise, "it uses no process-wide random numbers", "used the process-wide generator of numpy"),
     (ForgetsSteps, "state_dict continues bit for bit in the middle of episodes", "save every tensor that step reads"),
-    (ArrayState, "state_dict continues bit for bit in the middle of episodes", "is a numpy.ndarray; store only tensors"),
-    (KeepsLoaded, "state_dict continues bit for bit in the middle of episodes", "changed the given state.*copy what you keep"),
+    (
+        ArrayState,
+        "state_dict continues bit for bit in the middle of episodes",
+        "is a numpy.ndarray; store only tensors",
+    ),
+    (
+        KeepsLoaded,
+        "state_dict continues bit for bit in the middle of episodes",
+        "changed the given state.*copy what you keep",
+    ),
     (ChangesActions, "step does not change its actions", "changed the actions that it was given"),
     (Buffered, "what a step returned does not change later", "return new tensors"),
     (NoReset, "the evaluation list can be played", "NoReset.reset raised ValueError: unknown option 'example'"),
     (GreyPicture, "render gives pictures of all rows", r"expected \(3, H, W, 3\) uint8"),
     (SilentRender, "render gives pictures of all rows", "without a message; say what the user should do"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("cls", "check", "message"), BROKEN, ids=[b[0].__name__ for b in BROKEN])

@@ -1,0 +1,46 @@
+"""The conformance suites over everything that is registered: a new entry is tested the moment it has a name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from clbench.registry import entries, resolve
+from clbench.testing import check_agent, run_check
+from clbench.testing.fixtures import ALL_FIXTURES
+
+# options that make a registered agent small and quick; an agent that is not named here is checked with its defaults
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bc": {"hidden": (16,), "batch_size": 8},
+    "sb3-ppo": {"hidden": (16,), "rollout_steps": 32, "batch_size": 16, "n_epochs": 2},
+    "sb3-dqn": {
+        "hidden": (16,), "buffer_size": 256, "learning_starts": 32, "batch_size": 8, "target_update_interval": 32,
+    },
+    "sb3-sac": {"hidden": (16,), "buffer_size": 256, "learning_starts": 32, "batch_size": 8},
+    "sb3-td3": {"hidden": (16,), "buffer_size": 256, "learning_starts": 32, "batch_size": 8},
+}  # fmt: skip
+# enough for several updates and for two interruptions in the middle
+BUDGETS = {"bc": 12, "sb3-ppo": 192, "sb3-dqn": 192, "sb3-sac": 192, "sb3-td3": 192}
+
+
+@pytest.mark.parametrize("name", entries("agents"))
+def test_agents(name: str):
+    cls = resolve("agents", name)
+    check_agent(cls, config=CONFIGS.get(name), budget=BUDGETS.get(name, 32)).raise_if_failed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", entries("agents"))
+def test_agents_on_every_kind_of_task(name: str):
+    cls = resolve("agents", name)
+    fixtures = [f for f in ALL_FIXTURES if cls.requires <= f.offers]
+    check_agent(cls, config=CONFIGS.get(name), budget=BUDGETS.get(name, 32), fixtures=fixtures).raise_if_failed()
+
+
+OTHERS = [(kind, name) for kind in ("envs", "streams", "schedules", "datasets", "planners") for name in entries(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), OTHERS, ids=[f"{kind}/{name}" for kind, name in OTHERS])
+def test_everything_else(kind: str, name: str):
+    run_check(f"{kind}/{name}").raise_if_failed()
