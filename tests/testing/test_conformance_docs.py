@@ -1,0 +1,26 @@
+"""docs/conformance.md: its example runs, and it names every check there is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from clbench.testing.agents import AGENT_CHECKS, CLASS_CHECKS
+from clbench.testing.envs import ENV_CHECKS
+from clbench.testing.planners import PLANNER_CHECKS
+from clbench.testing.streams import DATASET_CHECKS, SCHEDULE_CHECKS, STREAM_CHECKS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text()
+CHECKS = [*CLASS_CHECKS, *AGENT_CHECKS, *ENV_CHECKS, *STREAM_CHECKS, *SCHEDULE_CHECKS, *DATASET_CHECKS, *PLANNER_CHECKS]
+
+
+def test_the_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(compile(code, "docs/conformance.md", "exec"), {"__name__": "example"})
+
+
+def test_the_page_names_exactly_the_checks_there_are():
+    named = {cell for line in PAGE.splitlines() if line.startswith("| ") for cell in re.split(r" ?\| ?", line) if cell}
+    names = [c.name for c in CHECKS] + ["there is a task that meets requires"]
+    assert len(set(names)) == len(names)
+    assert set(names) <= named
