@@ -18,6 +18,7 @@ monotone, so rounding the result can put a point onto a face but never into a wa
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -207,21 +208,20 @@ def sample_start_goal(uniform: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def wall_planes(wall_x: Tensor, door_y: Tensor) -> Tensor:
-    """The constant channel: wall columns outside the door and the border lines -> uint8 (B, 65, 65), 255 where solid."""
+def background(wall_x: Tensor, door_y: Tensor) -> Tensor:
+    """Frames without the dot, uint8 (B, 2, 65, 65): channel 1 is 255 on wall columns outside the door and on the border."""
     pixel = torch.arange(SIZE, device=wall_x.device)
     columns = ((pixel - wall_x[:, None]).abs() <= HALF_WALL).to(torch.uint8) * 255
     rows = ((pixel - door_y[:, None]).abs() > HALF_DOOR).to(torch.uint8) * 255
     line = ((pixel == LOW) | (pixel == HIGH)).to(torch.uint8) * 255
-    return (rows[:, :, None] & columns[:, None, :]) | (line[:, None] | line)
+    frames = torch.zeros(len(wall_x), 2, SIZE, SIZE, dtype=torch.uint8, device=wall_x.device)
+    torch.bitwise_and(rows[:, :, None], columns[:, None, :], out=frames[:, 1])
+    frames[:, 1] |= line[:, None] | line
+    return frames
 
 
-def _draw(walls: Tensor, position: Tensor) -> Tensor:
-    """Walls (65, 65) or (B, 65, 65) and dots at positions (2, B) -> uint8 (B, 2, 65, 65)."""
-    count = position.shape[1]
-    frames = torch.empty(count, 2, SIZE, SIZE, dtype=torch.uint8, device=position.device)
-    frames[:, 0] = 0
-    frames[:, 1] = walls
+def draw_dots(frames: Tensor, position: Tensor) -> Tensor:
+    """Draw dots at positions (2, B) into empty channels 0 of frames (B, 2, 65, 65), in place."""
     position = position.to(torch.float64)[:, :, None]
     corner = (position - REACH).ceil().clamp(0, SIZE - PATCH)
     pixels = corner + torch.arange(PATCH, device=position.device)  # (2, B, 9)
@@ -229,6 +229,7 @@ def _draw(walls: Tensor, position: Tensor) -> Tensor:
     dot = ((255 * gauss[1])[:, :, None] * gauss[0][:, None, :]).to(torch.uint8)  # conversion truncates
     pixels = pixels.to(torch.int64)
     index = (pixels[1] * SIZE)[:, :, None] + pixels[0][:, None, :]
+    count = len(frames)
     frames.view(count, -1).scatter_(1, index.view(count, -1), dot.view(count, -1))
     return frames
 
@@ -245,7 +246,34 @@ def render_pixels(columns: Mapping[str, Tensor]) -> Tensor:
     Returns:
         uint8 (B, 2, 65, 65).
     """
-    return _draw(wall_planes(columns["wall_x"], columns["door_y"]), columns["position"].t())
+    return draw_dots(background(columns["wall_x"], columns["door_y"]), columns["position"].t())
+
+
+class FramePool:
+    """Memory for frames (B, 2, 65, 65) that is used again when no tensor refers to it any more.
+
+    On a CPU, fresh memory of this size costs several times more (page faults) than filling it. On other devices torch does
+    the same itself.
+    """
+
+    KEEP = 4
+
+    def __init__(self, num_envs: int, device: torch.device):
+        self.shape, self.device = (num_envs, 2, SIZE, SIZE), device
+        self._free: list[np.ndarray] = []
+
+    def copy_of(self, source: Tensor) -> Tensor:
+        """``source`` (or what broadcasts to a batch of frames) in memory of its own."""
+        if self.device.type != "cpu":
+            return source.expand(self.shape).clone(memory_format=torch.contiguous_format)
+        memory = self._free.pop() if self._free else np.empty(self.shape, np.uint8)
+        handle = memory.view()  # lives as long as the storage of the tensor made from it
+        weakref.finalize(handle, self._give_back, memory).atexit = False
+        return torch.from_numpy(handle).copy_(source)
+
+    def _give_back(self, memory: np.ndarray) -> None:
+        if len(self._free) < self.KEEP:
+            self._free.append(memory)
 
 
 def dot_position(frames: Tensor) -> Tensor:
@@ -339,7 +367,8 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         self.wall_x = _positions("wall_x", wall_x, WALL_RANGE, num_envs).to(self.device)
         self.door_y = _positions("door_y", door_y, DOOR_RANGE, num_envs).to(self.device)
         self._layout = make_layout(*torch.broadcast_tensors(self.wall_x, self.door_y), device=self.device)
-        self._walls = wall_planes(*torch.broadcast_tensors(self.wall_x, self.door_y))
+        self._background = background(*torch.broadcast_tensors(self.wall_x, self.door_y))
+        self._frames = FramePool(num_envs, self.device)
         self.metadata = {"autoreset_mode": AUTORESET_MODES[autoreset], "render_modes": ["rgb_array"], "render_fps": 10}
         self.single_observation_space = observation_space(self.pixels)
         self.single_action_space = spaces.Box(-MAX_ACTION, MAX_ACTION, (2,), np.float32)
@@ -422,15 +451,11 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         if not self.pixels:
             return points.t().clone(memory_format=torch.contiguous_format)
         if rows is None or old is None:
-            return _draw(self._walls_of(None), points)
-        frames = old.clone()
-        frames[rows] = _draw(self._walls_of(rows), points[:, rows])
+            return draw_dots(self._frames.copy_of(self._background), points)
+        frames = self._frames.copy_of(old)
+        new = self._background.expand(frames.shape)[rows].clone(memory_format=torch.contiguous_format)
+        frames[rows] = draw_dots(new, points[:, rows])
         return frames
-
-    def _walls_of(self, rows: Tensor | None) -> Tensor:
-        if len(self._walls) == 1:
-            return self._walls[0]
-        return self._walls if rows is None else self._walls[rows]
 
     def _observe(self, rows: Tensor | None = None, old: Tensor | None = None) -> dict[str, Tensor]:
         shown = self._show(self._position, rows, old)

@@ -15,8 +15,10 @@ import clbench.envs  # noqa: F401 (registers the ids)
 from clbench.contracts import VectorEnv
 from clbench.envs.two_rooms import (
     COLLISIONS,
+    FramePool,
     TwoRoomsEnv,
     TwoRoomsVectorEnv,
+    background,
     cancel_at_walls,
     dot_position,
     goal_reward,
@@ -25,7 +27,6 @@ from clbench.envs.two_rooms import (
     noisy_at_walls,
     render_pixels,
     stop_at_walls,
-    wall_planes,
 )
 from clbench.errors import ConfigError, ContractError, DataError
 
@@ -115,7 +116,7 @@ SCALAR = {"stop": scalar_stop, "cancel": scalar_cancel, "noisy": scalar_noisy}
 
 
 def cases(count, seed=0):
-    """Starts in free space, one in two of them on a face, at a corner or in the doorway; short, long and axis-parallel steps."""
+    """Starts in free space, half of them on a face, at a corner or in the doorway; short, long and axis-parallel steps."""
     rng = np.random.default_rng(seed)
     wall = rng.choice([32.0, 20.0, 25.3, 44.9], count)
     door = rng.choice([10.0, 33.3, 54.9], count)
@@ -298,7 +299,7 @@ def test_dot_peaks_at_255_on_a_pixel_centre_at_row_y_column_x():
 
 
 def test_reference_wall_has_three_columns_and_a_door_of_nine_rows():
-    plane = wall_planes(torch.tensor([32.0]), torch.tensor([10.0]))[0]
+    plane = background(torch.tensor([32.0]), torch.tensor([10.0]))[0, 1]
     assert plane[30, 5:60].nonzero().flatten().tolist() == [26, 27, 28]  # columns 31, 32, 33
     assert (plane[5:60, 32] == 0).nonzero().flatten().tolist() == list(range(1, 10))  # rows 6 to 14
 
@@ -309,6 +310,24 @@ def test_dot_position_reads_the_state_back():
         {"position": position, "wall_x": torch.full((2000,), 32.0), "door_y": torch.full((2000,), 10.0)}
     )
     assert (dot_position(frames) - position).abs().max() < 0.1
+
+
+def test_frame_memory_is_reused_only_when_nothing_refers_to_it():
+    pool = FramePool(2, torch.device("cpu"))
+    zero, one = torch.zeros(2, 2, 65, 65, dtype=torch.uint8), torch.ones(1, 2, 65, 65, dtype=torch.uint8)
+    first = pool.copy_of(zero)
+    address = first.data_ptr()
+    for keep in (first[1:], first.view(-1), first.numpy()[0]):  # any view keeps it, whatever else is dropped
+        del first
+        second = pool.copy_of(one)
+        assert second.data_ptr() != address
+        assert not keep.any()
+        del second
+        first = keep if isinstance(keep, torch.Tensor) else torch.from_numpy(keep)
+    del first, keep
+    third, fourth = pool.copy_of(one), pool.copy_of(one)
+    assert address in (third.data_ptr(), fourth.data_ptr())
+    assert third.data_ptr() != fourth.data_ptr()
 
 
 # -- the environment --------------------------------------------------------------------------------------------------
@@ -400,12 +419,12 @@ def test_starts_and_goals_are_uniform_in_different_rooms():
     left, right = torch.where(swap[:, None], goal, start), torch.where(swap[:, None], start, goal)
     for points, low, high in ((left, 6.6, 21.4), (right, 28.6, 57.4)):
         scaled = (points[:, 0] - low) / (high - low)
-        assert 0 <= scaled.min()
+        assert scaled.min() >= 0
         assert scaled.max() <= 1 + 1e-6
         # moments of the uniform distribution, within 4 standard errors
         assert abs(scaled.mean() - 0.5) < 4 * math.sqrt(1 / 12 / 20_000)
         assert abs(scaled.var() - 1 / 12) < 0.003
-        assert 6.6 - 1e-5 <= points[:, 1].min()
+        assert points[:, 1].min() >= 6.6 - 1e-5
         assert points[:, 1].max() <= 57.4 + 1e-5
     assert abs(swap.float().mean() - 0.5) < 4 * 0.5 / math.sqrt(20_000)
     assert not info["is_success"].any()
@@ -665,3 +684,16 @@ def test_noisy_without_noise_keeps_the_gap_of_the_reference():
     layout = make_layout(32, 10)
     end = noisy_at_walls(torch.tensor([[30.0], [40.0]]).double(), torch.tensor([[1.5], [0.0]]).double(), layout)
     assert end[:, 0].tolist() == [31 - 0.3, 40.0]
+
+
+def test_hindsight_replay_of_stable_baselines3_runs():
+    from stable_baselines3 import SAC, HerReplayBuffer
+
+    env = gymnasium.make("clbench/TwoRooms-v0", max_episode_steps=20)
+    model = SAC("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=45, batch_size=32,
+                policy_kwargs={"net_arch": [8]}, seed=0)  # fmt: skip
+    model.learn(60)
+    batch = model.replay_buffer.sample(256)
+    near = (batch.next_observations["achieved_goal"] - batch.observations["desired_goal"]).norm(dim=1) < math.sqrt(2)
+    assert near.any()
+    assert torch.equal(batch.rewards[:, 0], near.float() - 1)

@@ -1,0 +1,1 @@
+"""Benchmarks: speeds beside the limit of the hardware, measured in the same process."""
