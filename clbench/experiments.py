@@ -444,8 +444,8 @@ def write_results(
         "unit": resolved.unit,
         "budgets": [p.budget for p in stream.phases],
         "tasks": tasks,
-        "matrix": _with_nulls(log.matrix(tasks, len(stream.phases))),
-        "metrics": compute_metrics(log, tasks, stream.phases, reference),
+        "matrix": _with_nulls(log.matrix(tasks, stream.phases)),
+        "metrics": compute_metrics(log, tasks, stream.phases, reference, protocol=config.protocol),
         "cost": dict(cost),
         "provenance": read_json(directory.config)["provenance"],  # of the start of the run
     }
