@@ -211,7 +211,11 @@ def _section(group: Group, index: int, baseline: str | None) -> str:
 def _description(group: Group) -> str:
     run, key = group.runs[0], group.key
     known = entries("streams").get(key["stream"])
-    summary = f"{escape(known.summary.rstrip('.'))}. " if known is not None and known.summary else ""
+    summary = (
+        f"{escape(known.summary[0].upper() + known.summary[1:].rstrip('.'))}. "
+        if known is not None and known.summary
+        else ""
+    )
     unit = str(key["unit"]).replace("_", " ")
     cadence = key["eval_every"]
     told = {"task_id": "the task's identity", "boundaries": "when the task changes", "nothing": "nothing"}

@@ -95,7 +95,7 @@ class Group:
         parts = [self.key["stream"], f"{self.key['schedule']} schedule"]
         if self.key["protocol"] != "sequential":
             parts.append(f"{self.key['protocol']} protocol")
-        return ", ".join(parts)
+        return ", ".join([*parts, f"{self.key['budget']} {self.key['unit'].replace('_', ' ')}"])
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
