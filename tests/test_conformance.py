@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from clbench.registry import entries, resolve
 from clbench.testing import check_agent, run_check
-from clbench.testing.fixtures import ALL_FIXTURES
+from clbench.testing.fixtures import ALL_FIXTURES, FIXTURES, Fixture
 
 # options that make a registered agent small and quick; an agent that is not named here is checked with its defaults
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -24,18 +25,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 BUDGETS = {"bc": 12, "sb3-ppo": 192, "sb3-dqn": 192, "sb3-sac": 192, "sb3-td3": 192}
 
 
+def check(name: str, candidates: Sequence[Fixture]) -> None:
+    cls = resolve("agents", name)
+    fixtures = [f for f in candidates if cls.requires <= f.offers] or None
+    check_agent(cls, config=CONFIGS.get(name), budget=BUDGETS.get(name, 32), fixtures=fixtures).raise_if_failed()
+
+
 @pytest.mark.parametrize("name", entries("agents"))
 def test_agents(name: str):
-    cls = resolve("agents", name)
-    check_agent(cls, config=CONFIGS.get(name), budget=BUDGETS.get(name, 32)).raise_if_failed()
+    check(name, FIXTURES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", entries("agents"))
 def test_agents_on_every_kind_of_task(name: str):
-    cls = resolve("agents", name)
-    fixtures = [f for f in ALL_FIXTURES if cls.requires <= f.offers]
-    check_agent(cls, config=CONFIGS.get(name), budget=BUDGETS.get(name, 32), fixtures=fixtures).raise_if_failed()
+    check(name, ALL_FIXTURES)
 
 
 OTHERS = [(kind, name) for kind in ("envs", "streams", "schedules", "datasets", "planners") for name in entries(kind)]

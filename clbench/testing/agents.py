@@ -73,8 +73,27 @@ def check_agent(
         for fixture in chosen:
             for source in _sources(cls):
                 case = Case(cls, config, fixture, source, budget, num_envs)
-                report.results += run_checks(AGENT_CHECKS, case, f"{fixture.name}, from {_FROM[source]}", cls)
+                subject = f"{fixture.name}, from {_FROM[source]}"
+                refusal = _refuses_goals(case) if fixtures is None else None
+                if refusal:
+                    report.results.append(Result("it copes with goal observations", True, refusal, False, subject))
+                else:
+                    report.results += run_checks(AGENT_CHECKS, case, subject, cls)
     return report
+
+
+def _refuses_goals(case: Case) -> str | None:
+    """Why the agent cannot do a task with goals, if it does not ask for them: ``requires`` has no word for *no goals*."""
+    if not case.fixture.goal or "goal" in case.cls.requires:
+        return None
+    try:
+        agent = case.agent()
+        case.act(agent, case.observation(4))
+        case.begin(agent)
+        next(case.steps(agent, case.experience(), case.rng(0, "learn")))
+    except Exception as error:  # noqa: BLE001 (any failure is a refusal)
+        return f"the agent does not take them: {explain(error, case.cls)}"
+    return None
 
 
 _FROM = {"dataset": "a data set", "env": "an environment", "both": "a data set and an environment"}
@@ -200,6 +219,7 @@ class Case:
         """One whole ``learn`` call; ``between(agent, experience, rng, consumed)`` is called at every yield."""
         seed_global(global_seed)
         agent, experience, rng = self.agent(), self.experience(), self.rng(0, "learn")
+        seed_global(global_seed)  # again: what __init__ drew is another check's business
         self.begin(agent)
         metrics, consumed = [], []
         for m in self.steps(agent, experience, rng):
@@ -770,11 +790,13 @@ def _no_alias(case: Case) -> str | None:
     changed = difference(case.reference.state, given, "state")
     if changed:
         raise Failed(
-            f"training after load_state_dict(state) changed the given {changed}; copy what you keep (.clone())."
+            f"training after load_state_dict(state) changed the given {changed}; copy what you keep: "
+            "tensor.clone(), and optimizer.load_state_dict(copy.deepcopy(state)), for torch optimisers keep references."
         )
     shared = storages(given) & storages(agent.state_dict())
     if shared:
         raise Failed(
-            "after load_state_dict(state) the agent still refers to tensors of state; copy what you keep (.clone())."
+            "after load_state_dict(state) the agent still refers to tensors of state; copy what you keep: "
+            "tensor.clone(), and optimizer.load_state_dict(copy.deepcopy(state)), for torch optimisers keep references."
         )
     return None

@@ -197,7 +197,7 @@ def _sources(plugin: Any) -> set[str]:
     for part in inspect.getmro(plugin)[:-1] if inspect.isclass(plugin) else (plugin,):
         try:
             found.add(os.path.realpath(inspect.getsourcefile(part) or ""))
-        except TypeError:  # built in, or a string
+        except (TypeError, OSError):  # built in, typed at a prompt, or a string
             continue
     return found
 

@@ -572,6 +572,24 @@ def test_an_unmet_requirement_is_one_sentence():
     check_agent(Moves, budget=4, fixtures=MOVES).raise_if_failed()
 
 
+def test_an_agent_without_goals_is_not_blamed_for_refusing_them():
+    class NoDict(Good):
+        def flat(self, obs):
+            if isinstance(obs, dict):
+                raise TypeError("no dicts, please")
+            return super().flat(obs)
+
+    report = check_agent(NoDict, budget=4)
+    report.raise_if_failed()
+    (reason,) = {r.message for r in report.results if r.name == "it copes with goal observations"}
+    assert "the agent does not take them: NoDict.flat raised TypeError" in reason or "no dicts, please" in reason
+
+    class NeedsGoals(NoDict):
+        requires = frozenset({"dataset", "goal"})
+
+    assert not check_agent(NeedsGoals, budget=4).ok  # who asks for goals must take them
+
+
 def test_unknown_configuration_keys_are_caught():
     report = check_agent(Good, config={"learning_rate": 1.0}, budget=4, fixtures=DATA)
     assert "Unknown key 'learning_rate'" in report.text()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 from clbench.testing.agents import AGENT_CHECKS, CLASS_CHECKS
@@ -14,9 +16,11 @@ PAGE = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text()
 CHECKS = [*CLASS_CHECKS, *AGENT_CHECKS, *ENV_CHECKS, *STREAM_CHECKS, *SCHEDULE_CHECKS, *DATASET_CHECKS, *PLANNER_CHECKS]
 
 
-def test_the_example_runs():
+def test_the_example_runs(monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    exec(compile(code, "docs/conformance.md", "exec"), {"__name__": "example"})
+    module = types.ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", module)
+    exec(compile(code, "docs/conformance.md", "exec", dont_inherit=True), module.__dict__)
 
 
 def test_the_page_names_exactly_the_checks_there_are():
