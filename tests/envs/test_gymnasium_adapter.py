@@ -11,7 +11,7 @@ from gymnasium import spaces
 from clbench.envs.gymnasium_adapter import GymnasiumVectorEnv
 from clbench.envs.make import make_env
 from clbench.errors import ConfigError, ContractError, DataError
-from clbench.rng import get_global_state
+from clbench.rng import get_global_state, sealed_global_rng
 
 NUMBERS = spaces.Box(-np.inf, np.inf, (2,), np.float64)
 
@@ -120,6 +120,23 @@ def test_resume_keeps_reset_options():
         assert e.envs[1].options["goal"].tolist() == [3.0, 4.0] and e.envs[1].options["task_id"] == 8
 
 
+def test_reset_options_end_with_their_episode():
+    env = make_env("CartPole-v1", 1, max_episode_steps=1)
+    obs, _ = env.reset(seed=[0], options={"low": [2.0], "high": [2.4]})  # CartPole's own options: where it starts
+    assert float(obs.min()) >= 2
+    obs, *_ = env.step(torch.zeros(1, dtype=torch.int64))
+    assert float(obs.max()) < 2
+
+
+def test_resume_remembers_that_success_is_defined():
+    env, other = (GymnasiumVectorEnv(lambda: Noise(extra={"success": True})) for _ in range(2))
+    env.reset(seed=0)
+    env.step(torch.zeros(1, dtype=torch.int64))
+    env.reset()
+    other.load_state_dict(stored(env.state_dict()))
+    assert env.reset()[1].keys() == other.reset()[1].keys() == {"is_success"}
+
+
 def test_hidden_randomness_is_reported():
     env, other = GymnasiumVectorEnv(HiddenNoise, 2), GymnasiumVectorEnv(HiddenNoise, 2)
     env.reset(seed=5)
@@ -172,16 +189,29 @@ def test_a_listed_seed_reaches_the_environment_unchanged():
     assert [e.seed for e in env.envs] == [1_000_000, 1_000_001]
 
 
-@pytest.mark.parametrize("name", ENVS)
-def test_process_wide_generators_are_left_alone(name):
+def draws_globally(make):
+    """Whether 25 steps draw from a process-wide generator."""
     before = get_global_state()
-    env = ENVS[name](2)
+    env = make(2)
     env.reset(seed=0)
     run(env, 25)
     after = get_global_state()
-    assert torch.equal(before["torch"], after["torch"])
-    assert torch.equal(before["numpy"][1], after["numpy"][1]) and before["numpy"][2] == after["numpy"][2]
-    assert torch.equal(before["python"][1], after["python"][1])
+    same = torch.equal(before["torch"], after["torch"]) and torch.equal(before["python"][1], after["python"][1])
+    return not (same and torch.equal(before["numpy"][1], after["numpy"][1]) and before["numpy"][2] == after["numpy"][2])
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_process_wide_generators_are_left_alone(name):
+    assert not draws_globally(ENVS[name])
+
+
+def test_a_draw_from_a_process_wide_generator_would_be_noticed():
+    class Careless(Noise):
+        def noise(self):
+            return np.random.normal(size=2)  # noqa: NPY002
+
+    with sealed_global_rng():
+        assert draws_globally(lambda b: GymnasiumVectorEnv(Careless, b))
 
 
 # -- resets ---------------------------------------------------------------------------------------------------------------
@@ -226,6 +256,8 @@ def test_finished_rows_stand_still_when_autoreset_is_disabled():
     later, reward, terminated, truncated, _ = env.step(torch.zeros(2, dtype=torch.int64))
     assert torch.equal(later, obs) and reward.tolist() == [0, 0]
     assert truncated.all() and not terminated.any()
+    env.reset()
+    assert truncated.all()  # results are the caller's own
 
 
 def test_first_reset_and_columns_are_checked():

@@ -174,6 +174,12 @@ def test_concat_resets_only_masked_rows_and_splits_options():
     assert torch.equal(after[1], x[5].flatten())
 
 
+def test_concat_gives_equal_parts_different_episodes():
+    env = concat([make_env("CartPole-v1", 2), make_env("CartPole-v1", 2)])
+    obs, _ = env.reset(seed=0)
+    assert len(torch.unique(obs, dim=0)) == 4 and torch.equal(env.reset(seed=0)[0], obs)
+
+
 def test_concat_state_continues_bit_for_bit():
     def make():
         return concat([make_env("CartPole-v1", 2), make_env("CartPole-v1", 1)])

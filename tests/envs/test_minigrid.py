@@ -185,6 +185,15 @@ def test_goal_picture_shows_the_agent_on_the_goal():
     assert not torch.equal(turned["observation"], obs["observation"])
 
 
+def test_positions_are_x_and_y_of_the_grid():
+    env = make_env("MiniGrid-FourRooms-v0", 4, observation="goal-position")
+    obs, _ = env.reset(seed=[1, 2, 3, 4])
+    goals = obs["desired_goal"].long().tolist()
+    assert any(x != y for x, y in goals)
+    for single, goal, agent in zip(env.envs, goals, obs["achieved_goal"].tolist()):
+        assert single.unwrapped.grid.get(*goal).type == "goal" and tuple(agent) == tuple(single.unwrapped.agent_pos)
+
+
 @pytest.mark.parametrize("observation", GOAL_MODES)
 def test_tasks_without_a_goal_square(observation):
     env = make_env("MiniGrid-Unlock-v0", observation=observation)
