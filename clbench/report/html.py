@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -452,20 +452,24 @@ def _costs(group: Group) -> str:
     runs = [run for members in group.agents.values() for run in members]
     counts = list(dict.fromkeys([*_COST_TITLES, *(k for r in runs for k in r.cost)]))
     times = list(dict.fromkeys(k for r in runs for k in r.timing.get("wall_time_s", {})))
-    # A quantity that no run knows gets no column; one that some runs lack is a dash in theirs.
-    columns = [(k, _COST_TITLES.get(k, k), lambda r, k=k: r.cost.get(k)) for k in counts]
-    columns += [(f"time {k}", _time_title(k), lambda r, k=k: r.timing.get("wall_time_s", {}).get(k)) for k in times]
-    columns += [("peak_memory_bytes", "Peak memory", lambda r: r.timing.get("peak_memory_bytes"))]
-    columns = [c for c in columns if any(_is_number(c[2](r)) for r in runs)]
-    if not columns:
-        return ""
+    counted = [(k, _COST_TITLES.get(k, k), lambda r, k=k: r.cost.get(k)) for k in counts]
+    measured = [(f"time {k}", _time_title(k), lambda r, k=k: r.timing.get("wall_time_s", {}).get(k)) for k in times]
+    measured += [("peak_memory_bytes", "Peak memory", lambda r: r.timing.get("peak_memory_bytes"))]
+    return (
+        f"<h3>Costs</h3>{_cost_table(group, counted)}{_caption('Exact counts, mean per run.')}"
+        f"{_cost_table(group, measured)}{_caption('Measured, mean per run: compare only on the same, idle machine.')}"
+    )
+
+
+def _cost_table(group: Group, columns: Sequence[tuple[str, str, Callable[[Run], Any]]]) -> str:
+    """A quantity that no run knows gets no column; one that some runs lack is a dash in theirs."""
+    runs = [run for members in group.agents.values() for run in members]
+    known = [c for c in columns if any(_is_number(c[2](r)) for r in runs)]
     rows = [
-        (escape(label), *(_cost_cell(key, [get(r) for r in members]) for key, _, get in columns))
+        (escape(label), *(_cost_cell(key, [get(r) for r in members]) for key, _, get in known))
         for label, members in group.agents.items()
     ]
-    return f"<h3>Costs</h3>{_table(('Agent', *(escape(title) for _, title, _ in columns)), rows)}" + _caption(
-        "Mean per run. Counts are exact; times and memory are measured, so compare them only on the same machine."
-    )
+    return _table(("Agent", *(escape(title) for _, title, _ in known)), rows)
 
 
 def _time_title(key: str) -> str:
