@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clbench.registry import entries, resolve
-from clbench.testing import check_agent, run_check
+from clbench.testing import check_agent, check_env, run_check
 from clbench.testing.fixtures import ALL_FIXTURES, FIXTURES, Fixture
 
 # options that make a registered agent small and quick; an agent that is not named here is checked with its defaults
@@ -48,3 +48,21 @@ OTHERS = [(kind, name) for kind in ("envs", "streams", "schedules", "datasets", 
 @pytest.mark.parametrize(("kind", "name"), OTHERS, ids=[f"{kind}/{name}" for kind, name in OTHERS])
 def test_everything_else(kind: str, name: str):
     run_check(f"{kind}/{name}").raise_if_failed()
+
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("clbench/TwoRooms-v0", {"observation": "pixels", "max_episode_steps": 20}),
+    ("clbench/TwoRooms-v0", {"collision": "noisy", "max_episode_steps": 20}),
+    ("clbench/Classify-v0", {"image": True, "split": "test", "rotation": 30.0, "classes": (3, 4)}),
+    ("MiniGrid-Empty-5x5-v0", {"observation": "image", "max_episode_steps": 20}),
+    ("MiniGrid-FourRooms-v0", {"observation": "goal-position", "max_episode_steps": 20}),
+    ("MiniGrid-DoorKey-5x5-v0", {"observation": "goal-image", "max_episode_steps": 20}),
+    ("CartPole-v1", {}),
+    ("Pendulum-v1", {}),
+    ("MountainCarContinuous-v0", {"max_episode_steps": 20}),
+]
+
+
+@pytest.mark.parametrize(("env_id", "kwargs"), VARIANTS, ids=[f"{e} {k}" for e, k in VARIANTS])
+def test_variants_of_environments(env_id: str, kwargs: dict[str, Any]):
+    check_env(env_id, **kwargs).raise_if_failed()

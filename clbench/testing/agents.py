@@ -784,6 +784,8 @@ def _no_alias(case: Case) -> str | None:
     given = clone(case.reference.state)
     agent = case.agent(seed=1)
     agent.load_state_dict(given)
+    live = agent.state_dict()
+    then = clone(live)
     case.begin(agent)
     for _ in case.steps(agent, case.experience(), case.rng(1, "learn")):
         pass
@@ -799,4 +801,6 @@ def _no_alias(case: Case) -> str | None:
             "after load_state_dict(state) the agent still refers to tensors of state; copy what you keep: "
             "tensor.clone(), and optimizer.load_state_dict(copy.deepcopy(state)), for torch optimisers keep references."
         )
+    if difference(then, live):
+        return "state_dict returns live tensors: the loop writes them at once, but clone a state that you keep"
     return None

@@ -331,6 +331,12 @@ class OverspendsSteps(GoodOnline):
             yield {**m, "step": m["step"] // 2}
 
 
+class YieldsForever(Good):
+    def learn(self, experience, budget, *, rng):
+        while True:
+            yield {"step": 0}
+
+
 class CannotBeClosed(Good):
     def learn(self, experience, budget, *, rng):
         for _ in range(budget):
@@ -510,6 +516,7 @@ BROKEN: list[tuple[Any, str, str]] = [
     (StopsEarly, "learn yields numbers and consumes its budget", "ended after 4 of 8 units; each yield counts as one"),
     (Overspends, "learn yields numbers and consumes its budget", "16 units for a budget of 8"),
     (OverspendsSteps, "learn yields numbers and consumes its budget", "took 16 environment steps for a budget of 8"),
+    (YieldsForever, "learn yields numbers and consumes its budget", "yielded 801 times for a budget of 8"),
     (CannotBeClosed, "learn stops when it is closed between two yields", "do not catch GeneratorExit"),
     (ForgetsToSeed, "the same seeds give the same training", "draw only from the rng given to learn"),
     (GlobalLearn, "training uses no process-wide random numbers", "learn moved the process-wide generator of python"),
@@ -588,6 +595,30 @@ def test_an_agent_without_goals_is_not_blamed_for_refusing_them():
         requires = frozenset({"dataset", "goal"})
 
     assert not check_agent(NeedsGoals, budget=4).ok  # who asks for goals must take them
+
+
+def test_a_state_of_live_tensors_is_allowed_with_a_note():
+    class Live(Good):
+        def update(self, dataset, rng):
+            loss = super().update(dataset, rng)
+            self.total += 1
+            return loss
+
+        def __init__(self, spaces, config, *, device, rng):
+            super().__init__(spaces, config, device=device, rng=rng)
+            self.total = torch.zeros(())
+
+        def state_dict(self):
+            return {**super().state_dict(), "total": self.total}
+
+        def load_state_dict(self, state):
+            super().load_state_dict(state)
+            self.total = state["total"].clone()
+
+    report = check_agent(Live, budget=4, fixtures=DATA)
+    report.raise_if_failed()
+    assert "state_dict returns live tensors" in str(report)
+    assert "state_dict returns live tensors" not in str(check_agent(Good, budget=4, fixtures=DATA))
 
 
 def test_unknown_configuration_keys_are_caught():
