@@ -471,8 +471,7 @@ def _batch_invariance(case: Case) -> str | None:
     if not _close(together, alone, case.fixture.spaces.action):
         raise Failed(
             f"7 rows computed together give {together[0].tolist()} for row 0, alone {alone[0].tolist()}: act "
-            f"mixes rows; use "
-            "running statistics (eval mode) instead of batch statistics and index by row."
+            "mixes rows; use running statistics (eval mode) instead of batch statistics and index by row."
         )
     return None
 
@@ -587,7 +586,7 @@ def _learns(case: Case) -> str | None:
             if not math.isfinite(value):
                 raise Failed(
                     f"learn yielded {key!r} = {value}; leave a metric out while it is undefined, and look for "
-                    f"diverging losses."
+                    "diverging losses."
                 )
         if run.consumed[i] < before:
             raise Failed(
@@ -657,8 +656,7 @@ def _learn_global(case: Case) -> str | None:
         if changed:
             raise Failed(
                 f"learn moved the process-wide generator of {changed.split(chr(39))[1]}; pass generator=rng, or "
-                f"wrap what "
-                "cannot be told in clbench.rng.sealed_global_rng() (not around a yield)."
+                "wrap what cannot be told in clbench.rng.sealed_global_rng() (not around a yield)."
             )
 
     seed_global(1)
@@ -752,8 +750,8 @@ def _resume(case: Case, at: Snapshot) -> None:
     if changed:
         raise Failed(
             f"saved after {at.consumed} of {case.budget} units and resumed, training ends differently: "
-            f"{changed}; something that "
-            f"learn needs is missing from state_dict{suspects or ' (perhaps a local variable of learn)'}."
+            f"{changed}; something that learn needs is missing from "
+            f"state_dict{suspects or ' (perhaps a local variable of learn)'}."
         )
 
 

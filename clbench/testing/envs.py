@@ -187,7 +187,7 @@ def _spaces(case: Case) -> str | None:
             if getattr(env, name, None) != wanted:
                 raise Failed(
                     f"{type(env).__name__}.{name} is {getattr(env, name, None)!r}, expected {wanted!r}; set it "
-                    f"in __init__."
+                    "in __init__."
                 )
         for name in ("device", "max_episode_steps"):
             if not hasattr(env, name):
@@ -370,8 +370,7 @@ def _function_of_seed(case: Case) -> str | None:
             if changed:
                 raise Failed(
                     f"the episode of seed {seed} differs after {t} steps between row {i} of 3 and row {j} of 4; "
-                    f"derive all "
-                    "randomness of a row from seed[row] (for example clbench.rng.hash_uniform)."
+                    "derive all randomness of a row from seed[row] (for example clbench.rng.hash_uniform)."
                 )
         a, b = case.rollout(env, seeds, t, t + 1)[0], case.rollout(twin, other, t, t + 1)[0]
         obs, obs2 = a.obs, b.obs
@@ -410,8 +409,7 @@ def _global(case: Case) -> str | None:
         if changed:
             raise Failed(
                 f"the environment used the process-wide generator of {changed.split(chr(39))[1]}; draw from the "
-                f"seed of "
-                "reset."
+                "seed of reset."
             )
     if difference(records[0], records[1]):
         raise Failed("episodes depend on the process-wide seed; draw from the seed of reset.")
@@ -434,7 +432,7 @@ def _state(case: Case) -> str | None:
     if changed:
         raise Failed(
             f"a state taken earlier changed while the environment went on ({changed}); copy tensors in "
-            f"state_dict (.clone())."
+            "state_dict (.clone())."
         )
     other = case.make(3)
     other.reset(seed=77)
@@ -445,8 +443,7 @@ def _state(case: Case) -> str | None:
     if changed:
         raise Failed(
             f"saved after {half} steps and loaded into a new batch, the episodes go on differently; save every "
-            f"tensor that step "
-            "reads (positions, step counters, seeds, numbers of episodes)."
+            "tensor that step reads (positions, step counters, seeds, numbers of episodes)."
         )
     changed = difference(saved, given, "state")
     if changed:

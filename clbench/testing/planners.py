@@ -124,7 +124,6 @@ def _rows(case: Case) -> str | None:
     if worst > case.tolerance:
         raise Failed(
             f"a row planned alone and in a batch of 4 differs in mean cost by {worst:.3g} (allowed: "
-            f"{case.tolerance}); rank "
-            "and update samples within each row, never across rows."
+            f"{case.tolerance}); rank and update samples within each row, never across rows."
         )
     return None

@@ -88,6 +88,6 @@ def _kind_of(plugin: Any, target: str) -> str:
             return "streams"
     raise ConfigError(
         f"{target!r} is {plugin!r}, which is no plug-in: give an Agent class, an environment class, a Planner "
-        f"class, a function "
-        "that returns a Suite, a Stream or an OfflineDataset (with that return annotation), or a schedule."
+        "class, a function that returns a Suite, a Stream or an OfflineDataset (with that return annotation), or a "
+        "schedule."
     )
