@@ -58,8 +58,8 @@ class BC(Agent):
             lr: learning rate of Adam.
             batch_size: transitions per update.
             reset_optimizer: start every task with fresh moments of Adam, as is usual in continual learning.
-            explore_std: standard deviation of continuous actions when exploring; 1 is half the range of the space. It
-                scales the loss only, so the loss leaves it out.
+            explore_std: standard deviation of continuous actions when exploring; 1 is half the range of the space. In the
+                loss it would be a constant factor, so it is left out there.
             goals: how goals are drawn; by default uniformly from the later states of the episode.
             log_every: updates between two reports of the loss.
         """

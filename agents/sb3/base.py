@@ -41,7 +41,8 @@ class SB3Agent(Agent):
 
     A phase's budget is used in whole *collections* (one rollout of PPO, ``train_freq`` steps of the others). If the budget
     is smaller than one, the collection shrinks to fit; what is left at the end of the phase and does not fill a collection
-    stays unused and is reported as ``unused_steps``.
+    stays unused and is reported as ``unused_steps``. A chunk cannot be interrupted; PPO's (a whole rollout and its epochs)
+    takes about a second on vectors but many on images, where ``rollout_steps`` should be smaller.
     """
 
     requires = frozenset({"env"})
@@ -84,9 +85,8 @@ class SB3Agent(Agent):
             options["net_arch"] = list(self.config.hidden)
         try:
             with self._own_generators(), warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message="You have specified a mini-batch size"
-                )  # the last may be short
+                # PPO's last minibatch may be short
+                warnings.filterwarnings("ignore", message="You have specified a mini-batch size")
                 model = self.algorithm(  # type: ignore[call-arg]
                     policy, self.bridge, policy_kwargs=options, device=self.device, verbose=0, **self._arguments()
                 )
