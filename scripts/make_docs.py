@@ -1,0 +1,252 @@
+"""Write the generated parts of README.md and docs/: everything between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    python scripts/make_docs.py                     write all parts (also those that take seconds)
+    python scripts/make_docs.py --check             exit 1 if a part that is cheap to make is out of date
+    python scripts/make_docs.py --demo runs/demo    also write the table of the demo's results into README.md
+
+Numbers in the documentation come from here and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(<!-- begin ([\w.\- ]+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
+STATISTICS = ("action_sd", "door_passing", "blocked", "pair_distance", "in_walls")
+TRANSITIONS = 360_000  # per row of the table of data statistics
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """The files that may hold generated parts."""
+    return [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------------
+
+
+def example(name: str) -> str:
+    """A file of examples/, verbatim."""
+    text = (ROOT / "examples" / name).read_text()
+    return f"```{'python' if name.endswith('.py') else ''}\n{text.rstrip()}\n```"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; bars within cells are escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
+
+
+def registered(kind: str) -> str:
+    """Names and summaries of one kind of plug-in."""
+    from clbench.registry import entries
+
+    return table(
+        (kind.removesuffix("s"), "what it is"), ((f"`{e.name}`", e.summary) for _, e in sorted(entries(kind).items()))
+    )
+
+
+def what_works() -> str:
+    """Everything registered, one row per kind."""
+    from clbench.registry import KINDS, entries
+
+    names = {kind: ", ".join(f"`{name}`" for name in sorted(entries(kind))) for kind in KINDS}
+    return table(("kind", "registered today"), ((kind, names[kind] or "none yet") for kind in KINDS))
+
+
+def options_text(fields: Iterable[Any]) -> str:
+    """Names and defaults of dataclass fields."""
+
+    def default(field: Any) -> Any:
+        return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+    return ", ".join(f"`{f.name}={default(f)!r}`" for f in fields) or "none"
+
+
+def agents() -> str:
+    """Agents with what they require and their options."""
+    from clbench.registry import entries, resolve
+
+    rows = []
+    for name, entry in sorted(entries("agents").items()):
+        cls = resolve("agents", name)
+        needs = ", ".join(f"`{r}`" for r in sorted(cls.requires)) or "nothing"
+        rows.append((f"`{name}`", entry.summary, needs, options_text(dataclasses.fields(cls.Config))))
+    return table(("agent", "what it is", "requires", "options and defaults"), rows)
+
+
+def streams() -> str:
+    """Streams with their tasks, budgets and options."""
+    from clbench.config import call_with_options, options_of
+    from clbench.registry import entries, resolve
+    from clbench.rng import numpy_generator
+
+    rows = []
+    for name, entry in sorted(entries("streams").items()):
+        function = resolve("streams", name)
+        suite = call_with_options(function, None, where=name, rng=numpy_generator(0, "stream", "tasks"))
+        options = options_text(dataclasses.fields(options_of(function)))
+        rows.append((f"`{name}`", entry.summary, len(suite.tasks), suite.updates, suite.env_steps, options))
+    return table(("stream", "what it is", "tasks", "updates per task", "steps per task", "options and defaults"), rows)
+
+
+def schedules() -> str:
+    """Schedules with their options."""
+    from clbench.config import options_of
+    from clbench.registry import entries, resolve
+
+    rows = []
+    for name, entry in sorted(entries("schedules").items()):
+        fields = dataclasses.fields(options_of(resolve("schedules", name), ("num_tasks", "budget", "rng")))
+        rows.append((f"`{name}`", entry.summary, options_text(fields)))
+    return table(("schedule", "what it is", "options and defaults"), rows)
+
+
+def run_options() -> str:
+    """The arguments of `clbench run` and `clbench.run`, from the one docstring that describes them."""
+    from clbench.cli.main import _argument_help
+    from clbench.experiments import RunConfig
+
+    helps = _argument_help(RunConfig.__doc__ or "")
+    rows = []
+    for f in dataclasses.fields(RunConfig):
+        if f.name.endswith("_options"):
+            continue
+        option = "positional" if f.name == "stream" else f"`--{f.name.replace('_', '-')}`"
+        default = "" if f.default is dataclasses.MISSING else f"`{f.default}`"
+        rows.append((f"`{f.name}`", option, default, helps[f.name]))
+    return table(("Python", "command line", "default", "meaning"), rows)
+
+
+def usage() -> str:
+    """What `clbench --help` prints."""
+    from clbench.cli.main import USAGE
+
+    return f"```\n{USAGE}\n```"
+
+
+def two_rooms_statistics() -> str:
+    """Measured statistics of the Two-Rooms data under the collision rules of clbench and of the reference's generator."""
+    from clbench.envs.two_rooms_data import statistics, two_rooms
+
+    kinds = (("good", 5.0), ("random policy", 1e-6))
+    rows = []
+    for label, kappa in kinds:
+        for collision in ("stop", "cancel"):
+            found = statistics(two_rooms(transitions=TRANSITIONS, kappa=kappa, collision=collision))
+            rows.append((label, f"`{kappa:g}`", f"`{collision}`", *(f"{found[k]:.4g}" for k in STATISTICS)))
+    head = f"`two_rooms(transitions={TRANSITIONS}, kappa=..., collision=...)`, otherwise defaults (seed 0):\n\n"
+    return head + table(("data", "`kappa`", "`collision`", *(f"`{k}`" for k in STATISTICS)), rows)
+
+
+def demo_results(folder: Path) -> str:
+    """The table of the demo's report, and what it was measured with."""
+    from clbench.records import read_json
+    from clbench.report import find_runs, report_markdown
+
+    runs = find_runs([folder])
+    if not runs:
+        sys.exit(f"make_docs: no runs below {folder}; make them with `make demo`.")
+    records = [read_json(Path(run) / "config.json")["provenance"] for run in runs]
+    made = records[0]
+    differing = [k for k in ("git", "cpu", "torch", "dirty") if len({str(r[k]) for r in records}) > 1]
+    if differing:
+        sys.exit(f"make_docs: the runs below {folder} differ in {', '.join(differing)}; make all of them anew.")
+    date = max((Path(run) / "results.json").stat().st_mtime for run in runs)
+    import datetime
+
+    day = datetime.datetime.fromtimestamp(date, datetime.UTC).date().isoformat()
+    commit = f"{str(made['git'])[:12]}{' with local changes' if made['dirty'] else ''}"
+    source = (
+        f"Command: `make demo`. Date: {day}. Commit: {commit}. Hardware: {made['cpu']}, {made['cores']} cores, "
+        f"GPU: {made['gpu'] or 'none'}. Python {made['python']}, torch {made['torch']}. Means over seeds with 95 % bootstrap "
+        "intervals over runs."
+    )
+    return f"{report_markdown(runs).strip()}\n\n{source}"
+
+
+CHEAP: dict[str, Callable[[], str]] = {
+    "what-works": what_works,
+    "agents": agents,
+    "envs": lambda: registered("envs"),
+    "streams": streams,
+    "schedules": schedules,
+    "datasets": lambda: registered("datasets"),
+    "run-options": run_options,
+    "usage": usage,
+}
+COSTLY: dict[str, Callable[[], str]] = {"two-rooms-statistics": two_rooms_statistics}
+BY_HAND = ("demo-results",)  # written with --demo only
+
+
+def part(name: str) -> Callable[[], str] | None:
+    """The function that makes a part.
+
+    Raises:
+        KeyError: no part of that name.
+    """
+    if name.startswith("example "):
+        return lambda: example(name.removeprefix("example "))
+    if name in BY_HAND:
+        return None
+    return (CHEAP | COSTLY)[name]
+
+
+# -- writing -------------------------------------------------------------------------------------------------------------
+
+
+def renewed(text: str, make: Callable[[str], str | None]) -> str:
+    """``text`` with every marked part replaced by ``make(name)``; ``None`` leaves a part as it is."""
+
+    def replace(match: re.Match[str]) -> str:
+        begin, name, old, end = match.groups()
+        new = make(name)
+        return begin + (old if new is None else new + "\n") + end
+
+    return MARKED.sub(replace, text)
+
+
+def outdated(paths: Iterable[Path]) -> list[str]:
+    """``FILE: PART`` for each part that is cheap to make and not what it should be."""
+    found: list[str] = []
+    for path in paths:
+        for _, name, old, _ in MARKED.findall(path.read_text()):
+            function = None if name in COSTLY else part(name)
+            if function is not None and function() + "\n" != old:
+                found.append(f"{path.name}: {name}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is out of date")
+    parser.add_argument("--demo", type=Path, help="folder of demo runs to put into README.md")
+    arguments = parser.parse_args()
+    if arguments.check:
+        stale = outdated(pages())
+        print("\n".join(f"{line} is out of date; run python scripts/make_docs.py" for line in stale) or "up to date")
+        return 1 if stale else 0
+
+    def make(name: str) -> str | None:
+        if name == "demo-results" and arguments.demo is not None:
+            return demo_results(arguments.demo)
+        function = part(name)
+        return None if function is None else function()
+
+    for path in pages():
+        old = path.read_text()
+        new = renewed(old, make)
+        if new != old:
+            path.write_text(new)
+            print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
