@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 import clbench.envs  # noqa: F401 (registers clbench/... with Gymnasium: string entry points only)
+from clbench.version import __version__
 
 if TYPE_CHECKING:
     from clbench.contracts import (
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from clbench.registry import register_agent, register_dataset, register_env, register_planner, register_stream
     from clbench.streams import make_stream
 
-__version__ = "0.1.0"
-
 _LAZY = {
     "clbench.contracts": (
         "Agent", "Experience", "Metric", "Objective", "Phase", "Planner", "Spaces", "Stream", "Task", "TaskInfo",
@@ -52,7 +51,7 @@ _WHERE = {name: module for module, names in _LAZY.items() for name in names}
 __all__ = [
     "Agent", "Experience", "Metric", "Objective", "OfflineDataset", "Phase", "Planner", "Spaces", "Stream", "Task",
     "TaskInfo", "TaskList", "VectorEnv", "WorldModel", "load_dataset", "make_env", "make_stream", "register_agent",
-    "register_dataset", "register_env", "register_planner", "register_stream", "run",
+    "__version__", "register_dataset", "register_env", "register_planner", "register_stream", "run",
 ]  # fmt: skip
 
 

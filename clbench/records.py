@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from clbench.errors import ClbenchError, ConfigError, DataError
+from clbench.version import __version__
 
 EVAL_HEADER = ("phase", "visit", "step", "task", "episode", "score", "return", "length")
 CHECKPOINT_FORMAT = 1
@@ -142,11 +143,9 @@ def provenance() -> dict[str, Any]:
     import numpy
     import torch
 
-    import clbench
-
     def git(*arguments: str) -> str | None:
         try:
-            folder = Path(clbench.__file__).resolve().parent
+            folder = Path(__file__).resolve().parent
             done = subprocess.run(
                 ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
             )
@@ -156,7 +155,7 @@ def provenance() -> dict[str, Any]:
 
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {
-        "clbench": clbench.__version__,
+        "clbench": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
@@ -166,7 +165,6 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
 
