@@ -140,12 +140,12 @@ def evaluate(
             actions, memory = check_actions(answer[0], env.single_action_space, rows, who), answer[1]
             obs, reward, terminated, truncated, info = timed("environment", lambda: env.step(actions))  # noqa: B023
             playing = episode < total
+            done = (terminated | truncated) & playing
             row_return += torch.where(playing, reward.to(torch.float64), 0.0)
             row_length += playing
             if metric.kind == "success":
-                now = _success(info, task)
+                now = _success(info, task, done)
                 row_success = (row_success | now) if metric.when == "ever" else now
-            done = (terminated | truncated) & playing
             first = torch.zeros_like(done)
             if bool(done.any()):
                 finished = episode[done]
@@ -178,10 +178,13 @@ def evaluate(
     return Episodes(score.cpu(), returns.cpu(), length.cpu(), seconds)
 
 
-def _success(info: Mapping[str, Any], task: Task) -> torch.Tensor:
+def _success(info: Mapping[str, Any], task: Task, done: torch.Tensor) -> torch.Tensor:
+    """The task's own word; it may be missing as long as no episode ends."""
     for key in ("is_success", "success"):
         if key in info:
             return torch.as_tensor(info[key]).to(torch.bool)
+    if not bool(done.any()):
+        return torch.zeros_like(done)
     raise ContractError(
         f"Task {task.name!r} is scored by success, but {task.env_id} gives no info['is_success']; add it to the "
         "environment or use metric='return' with bounds."

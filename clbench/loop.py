@@ -141,6 +141,8 @@ class Position:
     logged: int = 0  # step of the last row of train.csv
     env_steps: int = 0
     updates: int = 0
+    past_updates: int = 0  # of agents that were replaced by a fresh one (protocol "independent")
+    past_samples: int = 0
 
     @property
     def step(self) -> int:
@@ -281,6 +283,9 @@ class Loop:
                 experience.env.load_state_dict(learn_state["env"])
         else:
             if self.settings.fresh_agent and begins:
+                past = self._own_costs()
+                position.past_updates += past.get("updates", 0)
+                position.past_samples += past.get("samples", 0)
                 self.agent = self._new_agent()
                 self._evaluate_now(phase=index + 1)
             if experience.env is not None:
@@ -591,14 +596,19 @@ class Loop:
 
     # -- cost -----------------------------------------------------------------------------------------------------------
 
+    def _own_costs(self) -> dict[str, int]:
+        """What the agent itself counts, if it does (``costs() -> {"updates": int, "samples": int}``)."""
+        counted = getattr(self.agent, "costs", None)
+        return {k: int(v) for k, v in counted().items()} if callable(counted) else {}
+
     def cost(self) -> dict[str, int | None]:
         """Deterministic counts (wall time and memory are measured, and go to timing.json)."""
-        own = self.agent.costs() if hasattr(self.agent, "costs") else {}  # type: ignore[attr-defined]
+        own, position = self._own_costs(), self.position
         parameters = getattr(self.agent, "num_parameters", None)
         return {
-            "env_steps": self.position.env_steps,
-            "updates": int(own.get("updates", self.position.updates)),
-            "samples": None if "samples" not in own else int(own["samples"]),
+            "env_steps": position.env_steps,
+            "updates": position.past_updates + own["updates"] if "updates" in own else position.updates,
+            "samples": position.past_samples + own["samples"] if "samples" in own else None,
             "parameters": None if parameters is None else int(parameters),
             "state_bytes": state_bytes(self.agent.state_dict()),
             "evaluation_episodes": self.directory.eval.rows,

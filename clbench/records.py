@@ -208,9 +208,9 @@ class GrowingCsv:
             try:
                 with self.path.open(newline="") as file:
                     reader = csv.DictReader(file)
-                    kept = [
-                        [row.get(h) or "" for h in self.header] for row, _ in zip(reader, range(rows), strict=False)
-                    ]
+                    known = reader.fieldnames or ()
+                    whole = [row for row, _ in zip(reader, range(rows), strict=False) if None not in row.values()]
+                    kept = [[row[h] for h in self.header] for row in whole] if set(self.header) <= set(known) else []
             except OSError as error:
                 raise DataError(
                     f"Cannot read {self.path}: {error.strerror}. Start the run again with --overwrite."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,8 +149,11 @@ class ClassifyVectorEnv(gymnasium.vector.VectorEnv):
         return obs, correct.to(torch.float32), done, torch.zeros_like(done), info
 
     def render(self) -> np.ndarray:
-        """(B, H, W, 3) uint8: the examples in grey, enlarged to at least 64 pixels; vectors as one row of pixels."""
-        shown = self.examples.observe(self._rows).reshape(self.num_envs, *(self.examples.shape[1:] or (1, -1)))
+        """(B, H, W, 3) uint8: the examples in grey, enlarged to at least 64 pixels; vectors as squares where they fit."""
+        shown = self.examples.observe(self._rows)
+        side = math.isqrt(shown[0].numel())
+        square = (side, side) if side * side == shown[0].numel() else (1, -1)
+        shown = shown.reshape(self.num_envs, *(self.examples.shape[1:] or square))
         low, high = self.examples.low, self.examples.high
         grey = ((shown - low) / (high - low) * 255).round().to(torch.uint8).cpu().numpy()
         factor = -(-64 // max(grey.shape[1:]))

@@ -113,7 +113,10 @@ def _run(arguments: Arguments) -> int:
     _print_result(result)
     if parsed.report:
         from clbench.report import write_report
+        from clbench.report.pictures import save_rollout
 
+        if result.agent is not None:
+            save_rollout(result)
         print(f"Report: {write_report([result.path], result.path / 'report.html')}")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -416,14 +417,20 @@ def _matrices(group: Group) -> str:
         title = f'{escape(label)} <span class="n">{note}</span>'
         heat = _heat_map(mean_matrix(shown), shown[0])
         figures.append(f"<figure><figcaption>{title}</figcaption><div style='overflow-x:auto'>{heat}</div></figure>")
-    return f'<h3>Performance matrix</h3><div class="matrices">{"".join(figures)}</div>' + _caption(
+    wide = " wide" if max(len(r.tasks) for runs in group.agents.values() for r in runs) > 8 else ""
+    return f'<h3>Performance matrix</h3><div class="matrices{wide}">{"".join(figures)}</div>' + _caption(
         "Row: after which phase (the first row is before any training); column: evaluated task; cell: mean score. "
         "Outlined: the task that the phase trained. A dash: not evaluated."
     )
 
 
 def _heat_map(r: np.ndarray, run: Run) -> str:
-    head = "".join(_tag("th", escape(t), scope="col") for t in ("", *run.tasks))
+    # what all names have in common is said once, in the corner; many columns get upright labels
+    common = os.path.commonprefix(run.tasks) if len(run.tasks) > 1 else ""
+    common = common[: common.rfind("-") + 1]
+    upright = ' class="upright"' if len(run.tasks) > 6 and max(map(len, run.tasks)) - len(common) > 5 else ""
+    head = _tag("th", escape(common and f"{common}\N{HORIZONTAL ELLIPSIS}"), scope="col")
+    head += "".join(f'<th scope="col"><span{upright}>{escape(t[len(common) :])}</span></th>' for t in run.tasks)
     rows = []
     for i, row in enumerate(r):
         trained = run.phases[i - 1].tasks if i else ()
