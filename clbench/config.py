@@ -23,12 +23,15 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
         ConfigError: names ``where``, the value and the expected type.
     """
     origin, args = get_origin(kind), get_args(kind)
+    if kind in (tuple, list, dict):  # without the type of their elements
+        origin = kind
     if kind is Any or kind is inspect.Parameter.empty or isinstance(kind, str | TypeVar):
         return value
     if origin is Literal:
-        if value not in args:
-            raise unknown_name(f"value of {where}", str(value), [str(a) for a in args])
-        return value
+        for option in args:
+            if (type(value) is type(option) and value == option) or (isinstance(value, str) and value == str(option)):
+                return option
+        raise unknown_name(f"value of {where}", str(value), [str(a) for a in args])
     if origin in (typing.Union, types.UnionType):
         if type(None) in args and value in (None, "none", "None"):
             return None
@@ -38,16 +41,21 @@ def coerce(value: Any, kind: Any, where: str) -> Any:
                 return coerce(value, option, where)
         return coerce(value, options[-1], where)  # its error stands for all
     if origin in (tuple, list):
-        items = value.split(",") if isinstance(value, str) else value
+        items = [v for v in value.split(",") if value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise ConfigError(f"{where} must be a list, got {value!r} ({type(value).__name__}).")
-        each = args[0] if args else Any
-        converted = [coerce(v, each, where) for v in items]
+        kinds = [args[0] if args else Any] * len(items)
+        if origin is tuple and args and args[-1] is not Ellipsis:  # one type per position
+            if len(items) != len(args):
+                raise ConfigError(f"{where} must have {len(args)} values, got {len(items)}: {value!r}.")
+            kinds = list(args)
+        converted = [coerce(v, k, where) for v, k in zip(items, kinds, strict=True)]
         return tuple(converted) if origin is tuple else converted
     if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} must be a mapping, got {value!r} ({type(value).__name__}).")
-        return dict(value)
+        of_key, of_value = args or (Any, Any)
+        return {coerce(k, of_key, where): coerce(v, of_value, f"{where}[{k!r}]") for k, v in value.items()}
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return value if isinstance(value, kind) else build(kind, value, where)
     if not isinstance(kind, type):
@@ -88,13 +96,15 @@ def build(cls: type[T], values: Mapping[str, Any] | None, where: str) -> T:
         raise ConfigError(
             f"{where}: {getattr(cls, '__qualname__', cls)} is not a dataclass; decorate it with @dataclass."
         )
+    if not isinstance(values, Mapping | None):
+        raise ConfigError(f"{where} must be a mapping of options, got {values!r} ({type(values).__name__}).")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     arguments = {}
     for key, value in dict(values or {}).items():
-        name = key.replace("-", "_")
+        name = str(key).replace("-", "_")
         if name not in fields:
-            raise unknown_name("key", key, fields, where=where)
+            raise unknown_name("key", str(key), fields, where=where)
         arguments[name] = coerce(value, hints.get(name, Any), f"{where}.{name}")
     for name, f in fields.items():
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in arguments:

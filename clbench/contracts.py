@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,11 @@ class TaskList:
         if not self.seeds:
             raise ConfigError(f"Evaluation list {self.name!r} has no episodes; give at least one seed.")
         for key, column in self.options.items():
+            if not isinstance(column, tuple):
+                raise ConfigError(
+                    f"Evaluation list {self.name!r}: option {key!r} must be a column with one row per episode, got "
+                    f"{column!r}."
+                )
             if len(column) != len(self.seeds):
                 raise ConfigError(
                     f"Evaluation list {self.name!r}: option {key!r} has {len(column)} rows for {len(self.seeds)} seeds; "
@@ -164,6 +170,12 @@ class Task:
         object.__setattr__(self, "env_kwargs", dict(self.env_kwargs))
 
 
+def is_positive_whole(value: Any) -> bool:
+    """Whether ``value`` is a whole number of at least 1 (``10.0`` is, ``True``, text, NaN and infinity are not)."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and float(value) >= 1 and float(value).is_integer()
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of training on one task (or, in joint training, on several at once).
@@ -181,8 +193,9 @@ class Phase:
     def __post_init__(self) -> None:
         if isinstance(self.task, list):
             object.__setattr__(self, "task", tuple(self.task))
-        if isinstance(self.budget, bool) or int(self.budget) != self.budget or self.budget < 1:
+        if not is_positive_whole(self.budget):
             raise ConfigError(f"The budget of a phase must be a positive whole number, got {self.budget!r}.")
+        object.__setattr__(self, "budget", int(self.budget))  # a NumPy integer could not be stored
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -217,12 +230,22 @@ class Stream:
         if len(set(names)) != len(names):
             raise ConfigError(f"Stream {self.name!r} has two tasks of the same name: {names}.")
         for phase in self.phases:
+            if not phase.tasks:
+                raise ConfigError(f"Stream {self.name!r} has a phase without a task.")
             for name in phase.tasks:
                 if name not in names:
                     raise unknown_name("task", name, names, where=f"stream {self.name!r}")
 
     def task(self, name: str) -> Task:
-        return next(t for t in self.tasks if t.name == name)
+        """The task of that name.
+
+        Raises:
+            UnknownNameError: with the nearest names of the table.
+        """
+        for task in self.tasks:
+            if task.name == name:
+                return task
+        raise unknown_name("task", name, [t.name for t in self.tasks], where=f"stream {self.name!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; :meth:`from_dict` gives an equal stream back."""

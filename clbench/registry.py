@@ -90,7 +90,7 @@ def load_object(target: str) -> Any:
         MissingExtraError: the module needs a package that is not installed.
     """
     module_name, _, attribute = target.partition(":")
-    if not module_name or not attribute:
+    if not module_name or not attribute or module_name.startswith("."):
         raise ConfigError(f"{target!r} is not of the form 'module:attribute'.")
     here = os.getcwd()
     added = here not in sys.path and "" not in sys.path

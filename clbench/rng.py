@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 def derive_seed(seed: int, *names: str | int) -> int:
     """A 63-bit seed that depends on ``seed`` and on every name of the path (SHA-256, stable across versions)."""
-    text = "/".join([str(int(seed)), *(f"{type(n).__name__}:{n}" for n in names)])
+    escaped = (f"{type(n).__name__}:{n}".replace("\\", "\\\\").replace("/", "\\/") for n in names)
+    text = "/".join([str(int(seed)), *escaped])  # a slash inside a name is no border between names
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 

@@ -70,6 +70,12 @@ def map_obs(function: Callable[[Any], Any], obs: Any) -> Any:
     return {k: function(v) for k, v in obs.items()} if isinstance(obs, Mapping) else function(obs)
 
 
+def _row_kinds(obs: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Key -> (shape of one row, dtype)."""
+    columns = obs if isinstance(obs, Mapping) else {"": obs}
+    return {k: (tuple(c.shape[1:]), str(c.dtype)) for k, c in columns.items()}
+
+
 @dataclass(frozen=True)
 class GoalSampling:
     """How goals are drawn (specification: OGBench's sampler).
@@ -90,7 +96,7 @@ class GoalSampling:
 
     def __post_init__(self) -> None:
         p = (self.p_current, self.p_trajectory, self.p_random)
-        if min(p) < 0 or abs(sum(p) - 1) > 1e-6:
+        if not (all(x >= 0 for x in p) and abs(sum(p) - 1) <= 1e-6):  # NaN fails too
             raise ConfigError(f"p_current, p_trajectory, p_random must be >= 0 and sum to 1, got {p}.")
         if not 0 <= self.discount < 1:
             raise ConfigError(f"discount must be in [0, 1), got {self.discount}.")
@@ -190,6 +196,13 @@ class OfflineDataset:
                     )
         if self.task is not None and len(self.task) != n:
             raise DataError(f"Data set {self.name!r}: task has {len(self.task)} rows, expected {n}.")
+        if self.final_observations is not None:
+            rows_of, last = _row_kinds(self.observations), _row_kinds(self.final_observations)
+            if rows_of != last:
+                raise DataError(
+                    f"Data set {self.name!r}: final_observations must have the keys, shapes and dtypes of observations; "
+                    f"got {last}, expected {rows_of}."
+                )
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -210,8 +223,15 @@ class OfflineDataset:
     def to(self, device: Any) -> OfflineDataset:
         """The same data on another device."""
 
+        moved: dict[int, Any] = {}  # keys that share a tensor keep sharing it
+
+        def move_column(column: Any) -> Any:
+            if id(column) not in moved:
+                moved[id(column)] = column.to(device)
+            return moved[id(column)]
+
         def move(obs: Any) -> Any:
-            return None if obs is None else map_obs(lambda v: v.to(device), obs)
+            return None if obs is None else map_obs(move_column, obs)
 
         return OfflineDataset(
             move(self.observations), self.actions.to(device), self.lengths.to(device), move(self.final_observations),
@@ -310,8 +330,14 @@ class OfflineDataset:
             return torch.cat([c.to(device) for c in columns])
 
         def join_obs(observations: list[Any]) -> Any:
-            if any(o is None for o in observations):
+            if all(o is None for o in observations):
                 return None
+            keys = {None if o is None else tuple(sorted(o)) if isinstance(o, Mapping) else "" for o in observations}
+            if len(keys) > 1:
+                raise DataError(
+                    f"Data sets {[p.name for p in parts]} cannot be joined: their observations (or final observations) "
+                    f"have different keys, {sorted(map(str, keys))}."
+                )
             if isinstance(observations[0], Mapping):
                 joined: dict[str, Any] = {}
                 seen: dict[tuple[int, ...], Any] = {}  # keys that share a tensor keep sharing it

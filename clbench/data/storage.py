@@ -24,7 +24,7 @@ from clbench.records import write_bytes
 from clbench.registry import load_object
 
 FORMAT, VERSION = "clbench-dataset", 1
-_DTYPES = {"float32", "float64", "int64", "int32", "uint8", "bool"}
+_DTYPES = {"float16", "float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
 def save_dataset(dataset: OfflineDataset, path: str | Path) -> None:
@@ -32,11 +32,16 @@ def save_dataset(dataset: OfflineDataset, path: str | Path) -> None:
 
     Raises:
         ConfigError: the folder cannot be written.
+        DataError: a dtype that NumPy files do not know.
     """
     arrays: dict[str, np.ndarray] = {}
     shared: dict[int, str] = {}  # tensors that appear twice are stored once
 
     def put(key: str, tensor: torch.Tensor) -> str:
+        if str(tensor.dtype).removeprefix("torch.") not in _DTYPES:
+            raise DataError(
+                f"{key} of data set {dataset.name!r} is {tensor.dtype}, which cannot be stored; cast it first."
+            )
         if id(tensor) not in shared:
             shared[id(tensor)] = key
             arrays[key] = tensor.detach().cpu().numpy()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from clbench.config import call_with_options
-from clbench.contracts import REVEALS, Phase, Reveals, Stream, Task
+from clbench.contracts import REVEALS, Phase, Reveals, Stream, Task, is_positive_whole
 from clbench.errors import ConfigError, ContractError, unknown_name
 from clbench.registry import resolve
 from clbench.rng import numpy_generator
@@ -64,7 +64,7 @@ def make_stream(
     """
     if reveals is not None and reveals not in REVEALS:
         raise unknown_name("value of reveals", str(reveals), REVEALS)
-    if budget is not None and (isinstance(budget, bool) or int(budget) != budget or budget < 1):
+    if budget is not None and not is_positive_whole(budget):
         raise ConfigError(f"The budget must be a positive whole number of {unit.replace('_', ' ')}, got {budget!r}.")
     suite = call_with_options(
         resolve("streams", name), options, where=f"stream {name!r}", rng=numpy_generator(seed, "stream", "tasks")
