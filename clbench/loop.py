@@ -386,8 +386,8 @@ class Loop:
         if said is not None and not self.position.consumed <= consumed <= budget:
             raise ContractError(
                 f"{self.agent_name}.learn yielded step={int(said)} after {self.position.consumed - resumed_at}, with a "
-                f"budget of {budget - resumed_at}: 'step' counts the units consumed since the call began; it may not fall or "
-                "exceed the budget."
+                f"budget of {budget - resumed_at}: 'step' counts the units consumed since the call began; it may not "
+                "fall or exceed the budget."
             )
         return min(consumed, budget)
 
@@ -501,8 +501,8 @@ class Loop:
         changed = [k for k in {**before, **after} if before.get(k) != after.get(k)]
         if changed:
             raise ContractError(
-                f"Evaluation changed the agent {self.agent_name!r} (first changed entry of state_dict: {changed[0]!r}); act "
-                "must not change the agent when explore=False."
+                f"Evaluation changed the agent {self.agent_name!r} (first changed entry of state_dict: {changed[0]!r}); "
+                "act must not change the agent when explore=False."
             )
         self._purity_checked = True
 
@@ -551,8 +551,8 @@ class Loop:
         saved = load_checkpoint(path)
         if saved.get("agent_name") != self.agent_name or saved.get("fingerprint") != self.fingerprint:
             raise DataError(
-                f"Checkpoint {path} belongs to another run (agent {saved.get('agent_name')!r}, this one is {self.agent_name!r}, "
-                "or other settings or another version); use --overwrite to start again or --out for another folder."
+                f"Checkpoint {path} belongs to another run (agent {saved.get('agent_name')!r}, this one is "
+                f"{self.agent_name!r}, or other settings or another version); use --overwrite to start again or --out for another folder."
             )
         self.position = Position(**saved["position"])
         with blame(self.agent, "load_state_dict"):

@@ -3,7 +3,8 @@
     make demo            or            python scripts/demo.py [--out runs/demo]
 
 `two-rooms-doors`: reach a goal in the other room, five walls and doors one after the other (goal-conditioned behaviour
-cloning from random walks). `digits-permuted`: scikit-learn's handwritten digits under ten pixel permutations. Give the command again to go on after an interruption; finished runs are not repeated.
+cloning from random walks). `digits-permuted`: scikit-learn's handwritten digits under ten pixel permutations. Give the
+command again to go on after an interruption; finished runs are not repeated.
 """
 
 from __future__ import annotations
