@@ -552,7 +552,8 @@ class Loop:
         if saved.get("agent_name") != self.agent_name or saved.get("fingerprint") != self.fingerprint:
             raise DataError(
                 f"Checkpoint {path} belongs to another run (agent {saved.get('agent_name')!r}, this one is "
-                f"{self.agent_name!r}, or other settings or another version); use --overwrite to start again or --out for another folder."
+                f"{self.agent_name!r}, or other settings or another version); use --overwrite to start "
+                "again or --out for another folder."
             )
         self.position = Position(**saved["position"])
         with blame(self.agent, "load_state_dict"):
@@ -598,8 +599,8 @@ class Loop:
 
     def _own_costs(self) -> dict[str, int]:
         """What the agent itself counts, if it does (``costs() -> {"updates": int, "samples": int}``)."""
-        counted = getattr(self.agent, "costs", None)
-        return {k: int(v) for k, v in counted().items()} if callable(counted) else {}
+        counts: Any = getattr(self.agent, "costs", dict)
+        return {k: int(v) for k, v in counts().items()}
 
     def cost(self) -> dict[str, int | None]:
         """Deterministic counts (wall time and memory are measured, and go to timing.json)."""
