@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import io
@@ -18,8 +17,16 @@ from torch import Tensor
 from clbench.config import build
 from clbench.contracts import REQUIREMENTS, Agent, Experience, TaskInfo
 from clbench.errors import unknown_name
-from clbench.rng import get_global_state, sealed_global_rng, seed_global, torch_generator
+from clbench.rng import (
+    derive_seed,
+    get_global_state,
+    sealed_global_rng,
+    seed_global,
+    set_global_state,
+    torch_generator,
+)
 from clbench.testing.core import (
+    Check,
     Checks,
     Failed,
     NotApplicable,
@@ -32,11 +39,15 @@ from clbench.testing.core import (
     run_checks,
     state_problem,
     storages,
+    used_generator,
 )
 from clbench.testing.fixtures import ALL_FIXTURES, FIXTURES, Fixture
 
-CLASS_CHECKS: Checks = Checks()
-AGENT_CHECKS: Checks = Checks()
+CLASS_CHECKS: Checks = Checks("Class")
+ACTING: Checks = Checks("Construction and acting")
+LEARNING: Checks = Checks("Learning")
+SAVING: Checks = Checks("Saving and resuming")
+KINDS = "Kinds of tasks"
 TOLERANCE = 1e-5  # of actions computed alone or in a batch, relative to the range of the action space
 
 
@@ -48,71 +59,53 @@ def check_agent(
     num_envs: int = 4,
     fixtures: Sequence[Fixture] | None = None,
 ) -> Report:
-    """Run every agent check on ``cls``, on every toy task that fits its ``requires``.
+    """Run every agent check on ``cls``, on toy tasks of every kind that its ``requires`` allows.
+
+    Kinds on which the agent cannot be constructed or stops at its first ``act`` or ``learn`` are reported as not
+    applicable, unless there is no other, or they are named in ``fixtures``.
 
     Args:
         cls: a subclass of :class:`clbench.Agent`.
         config: values of ``cls.Config``; choose small networks, batches and buffers.
         budget: units of each ``learn`` call; a multiple of ``num_envs``, enough for the agent to update itself.
         num_envs: parallel environments during ``learn``.
-        fixtures: the tasks to check on, instead of all that fit.
+        fixtures: the tasks that the agent must cope with, instead of finding out.
     """
     report = Report(f"{cls.__module__}:{cls.__qualname__}" if isinstance(cls, type) else repr(cls))
     report.results += run_checks(CLASS_CHECKS, (cls, config), "", cls)
     if not report.ok:
         return report
-    chosen = list(fixtures) if fixtures is not None else _fitting(cls)
-    unmet = [f for f in chosen if not cls.requires <= f.offers]
-    fits = "there is a task that meets requires"
+    allowed = [f for f in (*FIXTURES, *ALL_FIXTURES) if cls.requires <= f.offers]
+    chosen = list(dict.fromkeys(allowed) if fixtures is None else fixtures)
+    unmet = next((f for f in chosen if not cls.requires <= f.offers), None)
     if unmet or not chosen:
-        offered = sorted(unmet[0].offers) if unmet else "what the toy tasks offer"
-        report.results.append(Result(fits, False, _unmet(cls, f"the task {unmet[0].name!r}" if unmet else "", offered)))
+        report.results.append(Result(FITS, False, _unmet(cls, unmet), group=CLASS_CHECKS.group))
         return report
-    report.results.append(Result(fits, True))
+    report.results.append(Result(FITS, True, group=CLASS_CHECKS.group))
+    cases = [Case(cls, config, f, source, budget, num_envs) for f in chosen for source in _sources(cls)]
     with sealed_global_rng():
-        for fixture in chosen:
-            for source in _sources(cls):
-                case = Case(cls, config, fixture, source, budget, num_envs)
-                subject = f"{fixture.name}, from {_FROM[source]}"
-                refusal = _refuses_goals(case) if fixtures is None else None
-                if refusal:
-                    report.results.append(Result("it copes with goal observations", True, refusal, False, subject))
-                else:
-                    report.results += run_checks(AGENT_CHECKS, case, subject, cls)
+        if fixtures is None:
+            cases, results = _handled(cases)
+            report.results += results
+        for case in cases:
+            report.results += run_checks(AGENT_CHECKS, case, case.subject, cls)
     return report
 
 
-def _refuses_goals(case: Case) -> str | None:
-    """Why the agent cannot do a task with goals, if it does not ask for them: ``requires`` has no word for *no goals*."""
-    if not case.fixture.goal or "goal" in case.cls.requires:
-        return None
-    try:
-        agent = case.agent()
-        case.act(agent, case.observation(4))
-        case.begin(agent)
-        next(case.steps(agent, case.experience(), case.rng(0, "learn")))
-    except Exception as error:  # noqa: BLE001 (any failure is a refusal)
-        return f"the agent does not take them: {explain(error, case.cls)}"
-    return None
+FITS = "there is a task that meets requires"
 
 
-_FROM = {"dataset": "a data set", "env": "an environment", "both": "a data set and an environment"}
-
-
-def _fitting(cls: type[Agent]) -> list[Fixture]:
-    usual = [f for f in FIXTURES if cls.requires <= f.offers]
-    return usual or [f for f in ALL_FIXTURES if cls.requires <= f.offers]
-
-
-def _unmet(cls: type[Agent], task: str, offered: Any) -> str:
+def _unmet(cls: type[Agent], fixture: Fixture | None) -> str:
     needs = sorted(cls.requires)
-    if not task:
+    if fixture is None:
         return (
             f"{cls.__name__}.requires is {needs}, which no task can meet at once; take out what contradicts the rest."
         )
-    missing = sorted(cls.requires - frozenset(offered))
-    return f"{cls.__name__} requires {missing}, which {task} does not offer (it offers {list(offered)}); choose "
-    "other fixtures."
+    missing = sorted(cls.requires - fixture.offers)
+    return (
+        f"{cls.__name__} requires {missing}, which the task {fixture.name!r} does not offer (it offers "
+        f"{sorted(fixture.offers)}); choose other fixtures."
+    )
 
 
 def _sources(cls: type[Agent]) -> tuple[str, ...]:
@@ -123,6 +116,83 @@ def _sources(cls: type[Agent]) -> tuple[str, ...]:
     return (next(iter(named)),) if named else ("dataset", "env")
 
 
+# -- which kinds of tasks the agent handles --------------------------------------------------------
+
+# property of a task -> (in words, what to require to be spared it)
+PROPERTIES: dict[str, tuple[str, str]] = {
+    "discrete": ("discrete actions", "continuous"),
+    "continuous": ("continuous actions", "discrete"),
+    "dataset": ("a data set without an environment", "env"),
+    "env": ("an environment without a data set", "dataset"),
+    "both": ("a data set and an environment", ""),
+    "goal": ("goal observations", ""),  # requires has no word for *no goals*
+    "no goal": ("observations without goals", "goal"),
+    "pixels": ("pixel observations", "state"),
+    "state": ("state observations", "pixels"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """How far an agent gets on a task (0: construction, 1: ``act``, 2: ``learn``), and what stops it."""
+
+    reached: int
+    reason: str
+
+
+def _refusal(case: Case) -> Refusal | None:
+    """What the agent raises when it is constructed, first acts or first learns; wrong answers are for the checks."""
+    reached = 0
+    try:
+        agent = case.agent()
+        reached = 1
+        case.act(agent, case.observation(4))
+        reached = 2
+        case.begin(agent)
+        next(case.steps(agent, case.experience(), case.rng(0, "learn")), None)
+    except Failed:
+        return None
+    except Exception as error:  # noqa: BLE001 (any failure is a refusal)
+        return Refusal(reached, explain(error, case.cls))
+    return None
+
+
+def _handled(cases: Sequence[Case]) -> tuple[list[Case], list[Result]]:
+    """The cases to check, and a result for each property of tasks that the agent does not handle.
+
+    An agent that handles nothing is checked where it gets furthest: that says best what is wrong. Of the kinds that
+    are not among the most telling ones only the first that is handled counts, and only where there is no other.
+    """
+    refused: list[tuple[Case, Refusal]] = []
+    handled: list[Case] = []
+    for case in cases:
+        usual = case.fixture in FIXTURES
+        if not usual and handled:
+            break
+        refusal = _refusal(case)
+        if refusal is None:
+            handled.append(case)
+        else:
+            refused.append((case, refusal))
+    if not handled:
+        return [max(refused, key=lambda r: r[1].reached)[0]], []
+    known = set().union(*(case.properties for case in handled))
+    results = {}
+    for case, refusal in refused:
+        name, message = _not_handled(case, refusal, known)
+        results.setdefault(name, Result(name, True, message, False, case.subject, group=KINDS))
+    return handled, list(results.values())
+
+
+def _not_handled(case: Case, refusal: Refusal, known: set[str]) -> tuple[str, str]:
+    """The property of a task that no handled task has, in words, and what to declare."""
+    culprit = next((p for p in case.properties if p not in known), None)
+    words, instead = (case.subject, "") if culprit is None else PROPERTIES[culprit]
+    needs = ", ".join(repr(r) for r in sorted({*case.cls.requires, instead}))
+    advice = f"; declare requires = frozenset({{{needs}}}) to say so" if instead else ""
+    return words, f"the agent does not handle {words} ({refusal.reason}){advice}."
+
+
 @dataclasses.dataclass
 class Snapshot:
     """All that a checkpoint holds, taken between two yields of ``learn``, and what to compare a restored agent with."""
@@ -131,12 +201,13 @@ class Snapshot:
     agent: dict[str, Any]
     rng: Tensor
     env: dict[str, Any] | None
+    process_wide: dict[str, Any]
     attributes: dict[str, Any]
 
 
 @dataclasses.dataclass
 class Run:
-    """What one training run left behind."""
+    """What one training run left behind; ``drew``: the process-wide generator that it moved."""
 
     agent: Agent
     metrics: list[Mapping[str, float]]
@@ -144,6 +215,10 @@ class Run:
     state: dict[str, Any]
     action: Tensor
     experience: Experience
+    drew: str | None = None
+
+
+_FROM = {"dataset": "a data set", "env": "an environment", "both": "a data set and an environment"}
 
 
 @dataclasses.dataclass
@@ -162,6 +237,21 @@ class Case:
         return self.cls.__name__
 
     @property
+    def subject(self) -> str:
+        return f"{self.fixture.name}, from {_FROM[self.source]}"
+
+    @property
+    def properties(self) -> tuple[str, ...]:
+        """Of :data:`PROPERTIES`, the one that most often stops an agent first."""
+        f = self.fixture
+        return (
+            "discrete" if f.discrete else "continuous",
+            self.source,
+            "goal" if f.goal else "no goal",
+            "pixels" if f.pixels else "state",
+        )
+
+    @property
     def device(self) -> torch.device:
         return torch.device(self.fixture.device)
 
@@ -172,7 +262,13 @@ class Case:
     def task_id(self) -> int | None:
         return 0 if "task_id" in self.cls.requires else None
 
+    @staticmethod
+    def seed_process(seed: int = 0) -> None:
+        seed_global(derive_seed(seed, "testing", "global"))
+
     def agent(self, seed: int = 0, rng: torch.Generator | None = None) -> Agent:
+        """A new agent; as in the loop, the process-wide generators are seeded by name and then belong to it."""
+        self.seed_process(seed)
         config = build(self.cls.Config, self.config, f"{self.name}.Config")
         rng = rng or self.rng(seed, "agent")
         return self.cls(self.fixture.spaces, config, device=self.device, rng=rng)
@@ -187,13 +283,23 @@ class Case:
 
     def act(
         self, agent: Agent, obs: Any, memory: Any = None, first: Tensor | None = None, *,
+        rng: torch.Generator | None = None, explore: bool = False, global_seed: int = 0,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """``agent.act`` as the loop calls it: without gradients, its process-wide draws undone (and seeded)."""
+        with sealed_global_rng():
+            seed_global(global_seed)
+            return self.answer(agent, obs, memory, first, rng=rng, explore=explore)
+
+    def answer(
+        self, agent: Agent, obs: Any, memory: Any = None, first: Tensor | None = None, *,
         rng: torch.Generator | None = None, explore: bool = False,
     ) -> tuple[Tensor, Any]:  # fmt: skip
-        """``agent.act`` with the arguments that the loop would give."""
+        """``agent.act`` with the arguments that the loop would give, without gradients."""
         batch = len(next(iter(obs.values())) if isinstance(obs, Mapping) else obs)
         first = torch.ones(batch, dtype=torch.bool, device=self.device) if first is None else first
         task = None if self.task_id is None else torch.full((batch,), self.task_id, device=self.device)
-        answer = agent.act(obs, memory, first, rng=rng or self.rng(0, "act"), task=task, explore=explore)
+        with torch.no_grad():
+            answer = agent.act(obs, memory, first, rng=rng or self.rng(0, "act"), task=task, explore=explore)
         if not (isinstance(answer, tuple) and len(answer) == 2):
             raise Failed(f"act returned a {type(answer).__name__}; return the pair (actions, memory).")
         return answer
@@ -210,18 +316,21 @@ class Case:
             )
         return steps
 
-    def train(
-        self,
-        between: Callable[[Agent, Experience, torch.Generator, int], None] | None = None,
-        *,
-        global_seed: int = 0,
-    ) -> Run:
+    def train(self, between: Callable[[Agent, Experience, torch.Generator, int], None] | None = None) -> Run:
         """One whole ``learn`` call; ``between(agent, experience, rng, consumed)`` is called at every yield."""
-        seed_global(global_seed)
         agent, experience, rng = self.agent(), self.experience(), self.rng(0, "learn")
-        seed_global(global_seed)  # again: what __init__ drew is another check's business
         self.begin(agent)
-        metrics, consumed = [], []
+        return self.spend(agent, experience, rng, between)
+
+    def spend(
+        self,
+        agent: Agent,
+        experience: Experience,
+        rng: torch.Generator,
+        between: Callable[[Agent, Experience, torch.Generator, int], None] | None = None,
+    ) -> Run:
+        """Drive ``agent.learn`` to its end."""
+        metrics, consumed, process_wide = [], [], get_global_state()
         for m in self.steps(agent, experience, rng):
             metrics.append(m)
             consumed.append(_units(m, len(metrics)))
@@ -231,11 +340,13 @@ class Case:
                 raise Failed(
                     f"learn has yielded {len(metrics)} times for a budget of {self.budget}; it must end by itself."
                 )
-        return self.finished(agent, metrics, consumed, experience)
+        return self.finished(agent, metrics, consumed, experience, used_generator(process_wide))
 
-    def finished(self, agent: Agent, metrics: list, consumed: list[int], experience: Experience) -> Run:
+    def finished(
+        self, agent: Agent, metrics: list, consumed: list[int], experience: Experience, drew: str | None = None
+    ) -> Run:
         action = self.act(agent, self.observation(7))[0].clone()
-        return Run(agent, metrics, consumed, clone(agent.state_dict()), action, experience)
+        return Run(agent, metrics, consumed, clone(agent.state_dict()), action, experience, drew)
 
     def compare(self, expected: Run, got: Run) -> str | None:
         """Where two runs end differently, in words."""
@@ -252,7 +363,7 @@ class Case:
     def stochastic(self) -> bool:
         """Whether the agent draws its actions at random even with ``explore=False``."""
         agent, obs = self.agent(), self.observation(32)
-        first, second = (self.act(agent, obs, rng=self.rng(seed, "act"))[0] for seed in (0, 1))
+        first, second = (self.act(agent, obs, rng=self.rng(s, "act"), global_seed=s)[0] for s in (0, 1))
         return difference(first, second) is not None
 
 
@@ -342,26 +453,37 @@ BUILT = "it can be constructed"
 ACTS = "act returns valid actions"
 LEARNS = "learn yields numbers and consumes its budget"
 DETERMINISTIC = "the same seeds give the same training"
-GLOBAL_FREE = "training uses no process-wide random numbers"
 RESTORES = "a saved state comes back in a fresh agent"
 STATE = "state_dict holds only tensors and plain values"
 
 
-@AGENT_CHECKS.add(BUILT)
+@ACTING.add(BUILT)
 def _built(case: Case) -> str | None:
     try:
         agent = case.agent()
+        after = get_global_state()
     except Exception as error:
-        raise Failed(
-            f"{explain(error, case.cls)}; if the agent is not meant for this kind of task "
-            f"({', '.join(sorted(case.fixture.offers))}), say so in requires."
-        ) from error
+        raise Failed(f"{explain(error, case.cls)}; {_way_out(case)}") from error
+    case.seed_process()
+    drew = used_generator(after)
     case.begin(agent)
     agent.finish_task()
-    return None
+    return drew and (
+        f"initialised from the process-wide generator of {drew}, which the loop seeds; draw from rng to be independent "
+        "of it."
+    )
 
 
-@AGENT_CHECKS.add(STATE, needs=BUILT)
+def _way_out(case: Case) -> str:
+    if "goal" in case.cls.requires:
+        return (
+            "observations of tasks with goals are dicts (observation, achieved_goal, desired_goal): handle them, or take "
+            "'goal' out of requires."
+        )
+    return f"if the agent is not meant for this kind of task ({case.fixture.name}), say so in requires."
+
+
+@ACTING.add(STATE, needs=BUILT)
 def _state_plain(case: Case) -> str | None:
     return _check_state(case, case.agent().state_dict(), "before training")
 
@@ -380,18 +502,18 @@ def _check_state(case: Case, state: Any, when: str) -> None:
     return None
 
 
-@AGENT_CHECKS.add(ACTS, needs=BUILT)
+@ACTING.add(ACTS, needs=BUILT)
 def _acts(case: Case) -> str | None:
-    agent = case.agent()
+    agent, notes = case.agent(), []
     for batch in (4, 1, 7):
         for explore in (False, True):
             actions, _ = case.act(agent, case.observation(batch), explore=explore)
-            check_actions(actions, case.fixture.spaces.action, batch, case.device)
-    return None
+            notes.append(check_actions(actions, case.fixture.spaces.action, batch, case.device))
+    return next(filter(None, notes), None)
 
 
-def check_actions(actions: Any, space: gymnasium.Space, batch: int, device: torch.device) -> None:
-    """Raise :class:`Failed` unless ``actions`` are a batch of members of ``space`` on ``device``."""
+def check_actions(actions: Any, space: gymnasium.Space, batch: int, device: torch.device) -> str | None:
+    """Raise :class:`Failed` unless ``actions`` are a batch for ``space`` on ``device``; note what the loop will clip."""
     if not isinstance(actions, Tensor):
         raise Failed(f"act returned actions of type {type(actions).__name__}; return a torch tensor.")
     if isinstance(space, gymnasium.spaces.Discrete):
@@ -410,26 +532,31 @@ def check_actions(actions: Any, space: gymnasium.Space, batch: int, device: torc
         )
     if actions.device.type != device.type:
         raise Failed(f"act returned actions on {actions.device}, expected {device}: keep them on self.device.")
-    if actions.requires_grad:
-        raise Failed("act returned actions that require gradients; decorate act with @torch.no_grad().")
     if not bool(torch.isfinite(actions.double()).all()):
         raise Failed("act returned NaN or infinite actions; check the network's inputs and outputs.")
+    return _check_bounds(actions, space)
+
+
+def _check_bounds(actions: Tensor, space: gymnasium.Space) -> str | None:
     if isinstance(space, gymnasium.spaces.Discrete):
-        low, high = torch.tensor(int(space.start)), torch.tensor(int(space.start) + int(space.n) - 1)
+        low, high = int(space.start), int(space.start) + int(space.n) - 1
+        if bool(((actions < low) | (actions > high)).any()):
+            raise Failed(
+                f"act returned the action {int(actions.max() if actions.max() > high else actions.min())}, outside "
+                f"{low} to {high}; check the argmax or the sampling."
+            )
     elif isinstance(space, gymnasium.spaces.Box):
-        low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)
-    else:
-        return
-    low, high = low.to(actions.device), high.to(actions.device)
-    slack = 1e-6 * (high - low) if actions.is_floating_point() else 0
-    if bool(((actions < low - slack) | (actions > high + slack)).any()):
-        raise Failed(
-            f"act returned actions in [{actions.min():.4g}, {actions.max():.4g}], outside the action space "
-            f"{low.tolist()} to {high.tolist()}; rescale or clamp them to spaces.action."
-        )
+        low, high = (torch.as_tensor(b).to(actions.device) for b in (space.low, space.high))
+        slack = 1e-6 * (high - low)
+        if bool(((actions < low - slack) | (actions > high + slack)).any()):
+            return (
+                "some actions lie outside the bounds of spaces.action; the loop clips them, but a learner that does "
+                "not know of the clipping may learn less well."
+            )
+    return None
 
 
-@AGENT_CHECKS.add("act accepts the memory that it returned", needs=ACTS)
+@ACTING.add("act accepts the memory that it returned", needs=ACTS)
 def _memory(case: Case) -> str | None:
     agent, memory = case.agent(), None
     for step in range(3):
@@ -439,9 +566,7 @@ def _memory(case: Case) -> str | None:
     return None
 
 
-@AGENT_CHECKS.add(
-    "a row that begins an episode forgets the one before", needs="act accepts the memory that it returned"
-)
+@ACTING.add("a row that begins an episode forgets the one before", needs="act accepts the memory that it returned")
 def _first(case: Case) -> str | None:
     if case.stochastic:
         raise NotApplicable("the agent acts at random even with explore=False")
@@ -461,7 +586,7 @@ def _first(case: Case) -> str | None:
     return None
 
 
-@AGENT_CHECKS.add("actions do not depend on the other rows of the batch", needs=ACTS)
+@ACTING.add("actions do not depend on the other rows of the batch", needs=ACTS)
 def _batch_invariance(case: Case) -> str | None:
     if case.stochastic:
         raise NotApplicable("the agent acts at random even with explore=False")
@@ -483,7 +608,7 @@ def _close(a: Tensor, b: Tensor, space: gymnasium.Space) -> bool:
     return torch.equal(a, b)
 
 
-@AGENT_CHECKS.add("the same generator state gives the same actions", needs=ACTS)
+@ACTING.add("the same generator state gives the same actions", needs=ACTS)
 def _act_deterministic(case: Case) -> str | None:
     agent, twin, obs = case.agent(), case.agent(), case.observation(7)
     for explore in (False, True):
@@ -504,7 +629,7 @@ def _act_deterministic(case: Case) -> str | None:
     return None
 
 
-@AGENT_CHECKS.add("act does not change its inputs", needs=ACTS)
+@ACTING.add("act does not change its inputs", needs=ACTS)
 def _act_inputs(case: Case) -> str | None:
     agent = case.agent()
     _, memory = case.act(agent, case.observation(4))
@@ -519,7 +644,7 @@ def _act_inputs(case: Case) -> str | None:
     return None
 
 
-@AGENT_CHECKS.add("evaluation leaves the agent unchanged", needs=(ACTS, STATE))
+@ACTING.add("evaluation leaves the agent unchanged", needs=(ACTS, STATE))
 def _act_pure(case: Case) -> str | None:
     own = case.rng(0, "agent")
     agent = case.agent(rng=own)
@@ -537,39 +662,26 @@ def _act_pure(case: Case) -> str | None:
     return None
 
 
-@AGENT_CHECKS.add("acting uses no process-wide random numbers", needs=ACTS)
+@ACTING.add("actions do not depend on process-wide random numbers", needs=ACTS)
 def _act_global(case: Case) -> str | None:
-    actions = []
-    for seed in (1, 2):
-        seed_global(seed)
-        with _global_unchanged("__init__"):
-            agent = case.agent()
-        with _global_unchanged("act"):
-            actions.append(torch.cat([case.act(agent, case.observation(7), explore=e)[0] for e in (False, True)]))
-    if difference(actions[0], actions[1]):
+    agent, obs = case.agent(), case.observation(32)
+    one, two = (case.act(agent, obs, global_seed=seed)[0] for seed in (1, 2))
+    if difference(one, two):
         raise Failed(
-            "actions depend on the process-wide seed; draw weights from the rng of __init__, actions from that of act."
+            "act(explore=False) answers differently when the process-wide seed changes, so evaluation would measure "
+            "chance; draw from the rng given to act, or nothing (dropout draws unless the network is in eval mode)."
         )
-    return None
-
-
-@contextlib.contextmanager
-def _global_unchanged(method: str) -> Iterator[None]:
     before = get_global_state()
-    yield
-    changed = difference(before, get_global_state())
-    if changed:
-        culprit = changed.split("'")[1]
-        raise Failed(
-            f"{method} used the process-wide generator of {culprit}; pass generator=rng (torch) or derive a "
-            "numpy.random.Generator from it, or wrap what cannot be told in clbench.rng.sealed_global_rng()."
-        )
+    for explore in (False, True):
+        case.answer(agent, obs, explore=explore)
+    drew = used_generator(before)
+    return drew and f"act draws from the process-wide generator of {drew}, which the loop seals in evaluation."
 
 
 # -- learning --------------------------------------------------------------------------------------
 
 
-@AGENT_CHECKS.add(LEARNS, needs=ACTS)
+@LEARNING.add(LEARNS, needs=ACTS)
 def _learns(case: Case) -> str | None:
     run = case.reference
     if not run.metrics:
@@ -617,7 +729,7 @@ def _check_budget(case: Case, run: Run) -> str | None:
     return f"yields {len(run.metrics)} times in {case.budget} units" if len(run.metrics) < 4 else None
 
 
-@AGENT_CHECKS.add("learn stops when it is closed between two yields", needs=LEARNS)
+@LEARNING.add("learn stops when it is closed between two yields", needs=LEARNS)
 def _closes(case: Case) -> str | None:
     agent = case.agent()
     case.begin(agent)
@@ -638,7 +750,7 @@ def _closes(case: Case) -> str | None:
     return None
 
 
-@AGENT_CHECKS.add(DETERMINISTIC, needs=LEARNS)
+@LEARNING.add(DETERMINISTIC, needs=LEARNS)
 def _learn_deterministic(case: Case) -> str | None:
     changed = case.compare(case.reference, case.train())
     if changed:
@@ -646,28 +758,14 @@ def _learn_deterministic(case: Case) -> str | None:
             f"two trainings from the same seeds differ: {changed}; draw only from the rng given to learn, and iterate "
             "over nothing unordered (sets)."
         )
-    return None
+    drew = case.reference.drew
+    return drew and (
+        f"learn draws from the process-wide generator of {drew}, which the loop seeds, and restores when a run resumes; "
+        "draw from rng to be independent of it."
+    )
 
 
-@AGENT_CHECKS.add(GLOBAL_FREE, needs=DETERMINISTIC)
-def _learn_global(case: Case) -> str | None:
-    def unchanged(*_: Any) -> None:
-        changed = difference(state[0], get_global_state())
-        if changed:
-            raise Failed(
-                f"learn moved the process-wide generator of {changed.split(chr(39))[1]}; pass generator=rng, or "
-                "wrap what cannot be told in clbench.rng.sealed_global_rng() (not around a yield)."
-            )
-
-    seed_global(1)
-    state = [get_global_state()]
-    changed = case.compare(case.reference, case.train(unchanged, global_seed=1))
-    if changed:
-        raise Failed(f"training depends on the process-wide seed: {changed}; draw from the rng given to learn.")
-    return None
-
-
-@AGENT_CHECKS.add("learn does not change the data set", needs=LEARNS)
+@LEARNING.add("learn does not change the data set", needs=LEARNS)
 def _learn_inputs(case: Case) -> str | None:
     if case.source == "env":
         raise NotApplicable("the agent learns from an environment")
@@ -678,7 +776,7 @@ def _learn_inputs(case: Case) -> str | None:
     return None
 
 
-@AGENT_CHECKS.add("evaluation between updates does not change training", needs=DETERMINISTIC)
+@LEARNING.add("evaluation between updates does not change training", needs=DETERMINISTIC)
 def _evaluation_free(case: Case) -> str | None:
     def evaluate(agent: Agent, _experience: Experience, _rng: torch.Generator, consumed: int) -> None:
         memory = None
@@ -698,7 +796,7 @@ def _evaluation_free(case: Case) -> str | None:
 # -- saving and resuming ---------------------------------------------------------------------------
 
 
-@AGENT_CHECKS.add(RESTORES, needs=(LEARNS, STATE))
+@SAVING.add(RESTORES, needs=(LEARNS, STATE))
 def _round_trip(case: Case) -> str | None:
     saved = case.reference.state
     _check_state(case, case.reference.agent.state_dict(), "after training")
@@ -718,13 +816,14 @@ def _round_trip(case: Case) -> str | None:
     return None
 
 
-@AGENT_CHECKS.add("training resumes bit for bit from any yield", needs=(GLOBAL_FREE, RESTORES))
+@SAVING.add("training resumes bit for bit from any yield", needs=(DETERMINISTIC, RESTORES))
 def _resumes(case: Case) -> str | None:
     snapshots: list[Snapshot] = []
 
     def snapshot(agent: Agent, experience: Experience, rng: torch.Generator, consumed: int) -> None:
         env = None if experience.env is None else clone(experience.env.state_dict())
-        snapshots.append(Snapshot(consumed, clone(agent.state_dict()), rng.get_state(), env, attributes(agent)))
+        state = clone(agent.state_dict())
+        snapshots.append(Snapshot(consumed, state, rng.get_state(), env, get_global_state(), attributes(agent)))
 
     changed = case.compare(case.reference, case.train(snapshot))
     if changed:
@@ -743,6 +842,7 @@ def _resume(case: Case, at: Snapshot) -> None:
         experience.env.load_state_dict(at.env)
     suspects = _differing(at.attributes, attributes(agent))
     rest = case.budget - at.consumed
+    set_global_state(at.process_wide)
     if rest > 0:
         for _ in case.steps(agent, experience, rng, rest):
             pass
@@ -751,7 +851,7 @@ def _resume(case: Case, at: Snapshot) -> None:
         raise Failed(
             f"saved after {at.consumed} of {case.budget} units and resumed, training ends differently: "
             f"{changed}; something that learn needs is missing from "
-            f"state_dict{suspects or ' (perhaps a local variable of learn)'}."
+            f"state_dict{suspects or ' (perhaps a local variable of learn, or a generator of its own)'}."
         )
 
 
@@ -777,28 +877,29 @@ def _suspects(agent: Agent, restored: Agent) -> str:
     return _differing(attributes(agent), attributes(restored))
 
 
-@AGENT_CHECKS.add("loading a state copies it", needs=RESTORES)
-def _no_alias(case: Case) -> str | None:
+@SAVING.add("it learns the next task after the first", needs=RESTORES)
+def _next_task(case: Case) -> str | None:
     given = clone(case.reference.state)
     agent = case.agent(seed=1)
     agent.load_state_dict(given)
     live = agent.state_dict()
     then = clone(live)
     case.begin(agent)
-    for _ in case.steps(agent, case.experience(), case.rng(1, "learn")):
-        pass
-    changed = difference(case.reference.state, given, "state")
-    if changed:
+    second = case.spend(agent, case.experience(), case.rng(1, "learn"))
+    agent.finish_task()
+    if not second.consumed or second.consumed[-1] != case.budget:
         raise Failed(
-            f"training after load_state_dict(state) changed the given {changed}; copy what you keep: "
-            "tensor.clone(), and optimizer.load_state_dict(copy.deepcopy(state)), for torch optimisers keep references."
+            f"the second call of learn consumed {second.consumed[-1] if second.consumed else 0} of {case.budget} units; "
+            "each call has a budget of its own, so compare it with counters that start with the call."
         )
-    shared = storages(given) & storages(agent.state_dict())
-    if shared:
-        raise Failed(
-            "after load_state_dict(state) the agent still refers to tensors of state; copy what you keep: "
-            "tensor.clone(), and optimizer.load_state_dict(copy.deepcopy(state)), for torch optimisers keep references."
+    if difference(case.reference.state, given) or storages(given) & storages(agent.state_dict()):
+        return (
+            "load_state_dict keeps references to the tensors of state, as torch optimisers do: the loop reads states "
+            "from a file, but hand over a copy of a state that you keep."
         )
     if difference(then, live):
-        return "state_dict returns live tensors: the loop writes them at once, but clone a state that you keep"
+        return "state_dict returns live tensors: the loop writes them at once, but clone a state that you keep."
     return None
+
+
+AGENT_CHECKS: list[Check] = [*ACTING, *LEARNING, *SAVING]

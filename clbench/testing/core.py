@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,8 +20,10 @@ import numpy as np
 import torch
 
 from clbench.errors import ClbenchError, ContractError
+from clbench.rng import get_global_state
 
 Status = str  # "passed" | "failed" | "not applicable"
+NOT_CHECKED = "not checked, because"
 _HERE = str(Path(__file__).resolve().parent)
 
 
@@ -43,6 +46,7 @@ class Result:
         applies: ``False`` where the check does not concern the plug-in (``ok`` is then ``True``).
         subject: what the check was run on, for example the name of a fixture.
         details: the traceback of an unexpected exception, for ``--traceback``.
+        group: the heading under which reports show it.
     """
 
     name: str
@@ -51,10 +55,16 @@ class Result:
     applies: bool = True
     subject: str = ""
     details: str = dataclasses.field(default="", compare=False)
+    group: str = ""
 
     @property
     def status(self) -> Status:
         return "failed" if not self.ok else "passed" if self.applies else "not applicable"
+
+    @property
+    def label(self) -> str:
+        """The status in a table: a passed check with something to say is a note."""
+        return {"failed": "FAILED", "not applicable": "n.a."}.get(self.status, "note" if self.message else "passed")
 
 
 @dataclasses.dataclass
@@ -89,28 +99,55 @@ class Report:
             )
 
     def rows(self, only_failed: bool = False) -> list[Result]:
-        """One result per check: the first failure of any subject, else a pass, else why it does not apply."""
+        """One result per check: the first failure of any subject, else a note, else a pass, else why it does not apply."""
         groups: dict[str, list[Result]] = {}
         for r in self.results:
             groups.setdefault(r.name, []).append(r)
-        order = ("failed", "passed", "not applicable")
-        rows = [min(group, key=lambda r: order.index(r.status)) for group in groups.values()]
+        order = ("FAILED", "note", "passed", "n.a.")
+        rows = [min(group, key=lambda r: order.index(r.label)) for group in groups.values()]
         return [r for r in rows if not (only_failed and r.ok)]
 
-    def text(self, verbose: bool = False) -> str:
-        """A table as plain text: every failure with its sentence; with ``verbose`` passed checks and notes too."""
+    def text(self, verbose: bool = False, width: int | None = None) -> str:
+        """Plain text: what to change, and the counts; with ``verbose`` the table of all checks and the notes too.
+
+        Args:
+            width: break sentences into lines of this many columns.
+        """
         rows, lines = self.rows(), []
-        for r in rows:
-            if r.ok and not verbose:
-                continue
-            where = f" (on {r.subject})" if r.subject and not r.ok else ""
-            lines.append(f"{r.status:>14}  {r.name}{where}{': ' + r.message if r.message else ''}")
-        counts = {s: sum(r.status == s for r in rows) for s in ("passed", "failed", "not applicable")}
-        lines.append(f"{self.target}: " + ", ".join(f"{n} {s}" for s, n in counts.items()))
+        if verbose:
+            lines += [self.target, *_table(rows), ""]
+            said = [r for r in rows if r.ok and r.message and not r.message.startswith(NOT_CHECKED)]
+            lines += _sentences("Notes", said, width)
+        lines += _sentences("What to change", [r for r in rows if not r.ok], width)
+        failed, notes = (sum(r.label == s for r in rows) for s in ("FAILED", "note"))
+        passed = sum(r.status == "passed" for r in rows)
+        lines.append(f"{self.target}: {passed} passed, {failed} failed, {notes} note{'s' if notes != 1 else ''}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        return self.text(verbose=True)
+        return self.text(verbose=True, width=100)
+
+
+def _table(rows: list[Result]) -> list[str]:
+    """One line per check, under the headings of their groups."""
+    lines = []
+    for group in dict.fromkeys(r.group for r in rows):
+        lines += ["", group] if group else [""]
+        lines += [f"  {r.label:<8}{r.name}" for r in rows if r.group == group]
+    return lines
+
+
+def _sentences(heading: str, rows: list[Result], width: int | None) -> list[str]:
+    if not rows:
+        return []
+    lines = [heading]
+    for r in rows:
+        where = f" (on {r.subject})" if r.subject and not r.ok else ""
+        line = f"  - {r.name}{where}: {r.message}"
+        lines += [line] if width is None else textwrap.wrap(
+            line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )  # fmt: skip
+    return [*lines, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +157,19 @@ class Check:
     name: str
     run: Callable[[Any], str | None]
     needs: tuple[str, ...] = ()
+    group: str = ""
 
 
 class Checks(list[Check]):
-    """A list of checks with a decorator that adds to it."""
+    """A list of checks, with the heading under which reports show them and a decorator that adds to the list."""
+
+    def __init__(self, group: str = ""):
+        super().__init__()
+        self.group = group
 
     def add(self, name: str, needs: str | tuple[str, ...] = ()) -> Callable[[Callable[[Any], str | None]], Callable]:
         def register(function: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
-            self.append(Check(name, function, (needs,) if isinstance(needs, str) else needs))
+            self.append(Check(name, function, (needs,) if isinstance(needs, str) else needs, self.group))
             return function
 
         return register
@@ -139,7 +181,8 @@ def run_checks(checks: Iterable[Check], case: Any, subject: str, plugin: Any) ->
     for check in checks:
         missing = [n for n in check.needs if n not in passed]
         if missing:
-            yield Result(check.name, True, f"not checked, because {missing[0]!r} did not pass", False, subject)
+            reason = f"{NOT_CHECKED} {missing[0]!r} did not pass"
+            yield Result(check.name, True, reason, False, subject, group=check.group)
             continue
         result = run_one(check, case, subject, plugin)
         if result.status == "passed":
@@ -149,17 +192,23 @@ def run_checks(checks: Iterable[Check], case: Any, subject: str, plugin: Any) ->
 
 def run_one(check: Check, case: Any, subject: str, plugin: Any) -> Result:
     """One check; whatever it raises (except Ctrl-C) becomes its result."""
+    ok, applies, message, details = True, True, "", ""
     try:
-        note = check.run(case)
+        message = check.run(case) or ""
     except NotApplicable as reason:
-        return Result(check.name, True, str(reason), False, subject)
+        applies, message = False, str(reason)
     except Failed as failure:
-        return Result(check.name, False, str(failure), True, subject)
+        ok, message = False, str(failure)
     except Exception as error:  # noqa: BLE001 (a plug-in may raise anything; it must not stop the other checks)
-        return Result(
-            check.name, False, explain(error, plugin), True, subject, "".join(traceback.format_exception(error))
-        )
-    return Result(check.name, True, note or "", True, subject)
+        ok, message = False, explain(error, plugin)
+        details = "".join(traceback.format_exception(error))
+    return Result(check.name, ok, message, applies, subject, details, check.group)
+
+
+def used_generator(before: dict[str, Any]) -> str | None:
+    """Which process-wide generator moved since ``before = get_global_state()``."""
+    changed = difference(before, get_global_state())
+    return None if changed is None else changed.split("'")[1]
 
 
 def explain(error: BaseException, plugin: Any) -> str:

@@ -82,8 +82,8 @@ def fails(*, rng):
     raise ValueError("no such maze")
 
 
-def float_budget(*, rng):
-    return Stream("toy", (task(),), (Phase("a", np.int64(4)),))  # type: ignore[arg-type]
+def fraction_budget(*, rng):
+    return Stream("toy", (task(),), (Phase("a", 4.5),))  # type: ignore[arg-type]
 
 
 def draws_globally(*, rng):
@@ -151,7 +151,7 @@ def test_a_good_stream_passes(add, toys):
 
 BROKEN_STREAMS = [
     (fails, "the stream can be made", r"fails raised ValueError: no such maze \(test_check_others"),
-    (float_budget, "the stream can be made", "use a Python int"),
+    (fraction_budget, "the stream can be made", "must be a positive whole number, got 4.5"),
     (
         draws_globally,
         "the same seed gives the same stream",
@@ -489,13 +489,14 @@ def test_run_check_finds_out_what_a_third_partys_plugin_is(third_party, attribut
 def test_run_check_names_the_line_that_failed(third_party):
     report = run_check(f"{third_party}:Wrong")
     line = AGENT.splitlines().index('        raise RuntimeError("out of coffee")') + 1
-    assert f"Wrong.learn raised RuntimeError: out of coffee (third_party_plugin.py, line {line}, in learn)" in str(
-        report
+    assert (
+        f"Wrong.learn raised RuntimeError: out of coffee (third_party_plugin.py, line {line}, in learn)"
+        in report.text()
     )
 
 
 def test_run_check_tells_a_stream_by_what_it_returns(third_party):
-    assert "stream raised ValueError: not yet" in str(run_check(f"{third_party}:stream"))
+    assert "stream raised ValueError: not yet" in run_check(f"{third_party}:stream").text()
 
 
 def test_run_check_refuses_what_is_no_plugin(third_party):
