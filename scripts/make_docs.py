@@ -165,8 +165,8 @@ def demo_results(folder: Path) -> str:
     commit = f"{str(made['git'])[:12]}{' with local changes' if made['dirty'] else ''}"
     source = (
         f"Command: `make demo`. Date: {day}. Commit: {commit}. Hardware: {made['cpu']}, {made['cores']} cores, "
-        f"GPU: {made['gpu'] or 'none'}. Python {made['python']}, torch {made['torch']}. Means over seeds with 95 % bootstrap "
-        "intervals over runs."
+        f"GPU: {made['gpu'] or 'none'}. Python {made['python']}, torch {made['torch']}. "
+        "Means over seeds with 95 % bootstrap intervals over runs."
     )
     return f"{report_markdown(runs).strip()}\n\n{source}"
 
@@ -196,6 +196,12 @@ def part(name: str) -> Callable[[], str] | None:
     if name in BY_HAND:
         return None
     return (CHEAP | COSTLY)[name]
+
+
+def part_or_none(name: str) -> str | None:
+    """The text of a part, ``None`` for one that is not made here."""
+    function = part(name)
+    return None if function is None else function()
 
 
 # -- writing -------------------------------------------------------------------------------------------------------------
@@ -236,8 +242,7 @@ def main() -> int:
     def make(name: str) -> str | None:
         if name == "demo-results" and arguments.demo is not None:
             return demo_results(arguments.demo)
-        function = part(name)
-        return None if function is None else function()
+        return part_or_none(name)
 
     for path in pages():
         old = path.read_text()

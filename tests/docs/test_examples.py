@@ -1,0 +1,110 @@
+"""The example files: each passes the conformance suite and goes through a real run."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import clbench
+from clbench import experiments
+from clbench.errors import Interrupted
+from clbench.experiments import RunResult
+from clbench.records import state_digest
+from clbench.registry import resolve
+from clbench.testing import check_agent, check_env, check_schedule, check_stream
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+QUIET: dict[str, Any] = {"tensorboard": False, "eval_every": 0}
+
+
+@pytest.fixture(autouse=True)
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder outside the repository with the example files in it."""
+    for file in EXAMPLES.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [n for n in sys.modules if n.startswith("my_")]:
+        del sys.modules[name]
+
+
+def test_every_example_is_tested() -> None:
+    text = Path(__file__).read_text()
+    assert [f.stem for f in EXAMPLES.glob("*.py") if f"{f.stem}:" not in text and f"from {f.stem} " not in text] == []
+
+
+@pytest.mark.parametrize("name", ["my_agent:MyAgent", "my_online_agent:ActorCritic"])
+def test_agents_conform(name: str) -> None:
+    cls = resolve("agents", name)
+    check_agent(cls, config={"hidden": 8}, budget=24).raise_if_failed()
+
+
+def test_the_agent_learns() -> None:
+    result = clbench.run("digits-split", "my_agent:MyAgent", budget=60, **QUIET)
+    independent = clbench.run("digits-split", "my_agent:MyAgent", budget=60, protocol="independent", **QUIET)
+    assert independent.metrics["average_performance"] > 0.8
+    assert result.metrics["learning_accuracy"] > 0.8  # each task on its own ...
+    assert result.metrics["backward_transfer"] < -0.3  # ... and then it is forgotten: class-incremental, no remedy
+
+
+@contextlib.contextmanager
+def stop_soon() -> Iterator[Any]:
+    """Instead of Ctrl-C: asks to stop in the middle of the second phase."""
+    calls = iter(range(30))
+
+    def should_stop() -> None:
+        if next(calls, None) is None:
+            raise Interrupted("stop")
+
+    yield should_stop
+
+
+@pytest.mark.parametrize("name", ["my_agent:MyAgent", "my_online_agent:ActorCritic"])
+def test_agents_resume_exactly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = tuple(clbench.Task(f"cells-{n}", "my_env:Corridor", {"cells": n}) for n in (4, 6))
+    corridors = clbench.Stream("corridors", tasks, tuple(clbench.Phase(t.name, 160) for t in tasks))
+    stream: Any = corridors if "online" in name else "digits-split"
+
+    def go(folder: str) -> RunResult:
+        return clbench.run(stream, name, out=tmp_path / folder, evaluate=False, **settings)
+
+    settings = {"tensorboard": False} if "online" in name else {"tensorboard": False, "budget": 20}
+    whole = go("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, "_stopping", stop_soon)
+        with pytest.raises(Interrupted):
+            go("stopped")
+    assert (tmp_path / "stopped" / "checkpoint.pt").exists()
+    resumed = go("stopped")
+    assert whole.agent is not None and resumed.agent is not None
+    assert state_digest(whole.agent.state_dict()) == state_digest(resumed.agent.state_dict())
+
+
+@pytest.mark.parametrize("env", ["my_env:Corridor", "my_batched_env:Corridors"])
+def test_environments_conform_and_are_learned(env: str) -> None:
+    check_env(env, success=True).raise_if_failed()
+    task = clbench.Task("corridor", env, {"cells": 6}, evaluation=clbench.TaskList.from_seeds(40))
+    stream = clbench.Stream("corridor", (task,), (clbench.Phase("corridor", 6000),))
+    options = {"lr": 1e-2}
+    trained = clbench.run(stream, "my_online_agent:ActorCritic", num_envs=16, agent_options=options, **QUIET)
+    before, after = (row[0] for row in trained.results["matrix"])
+    assert after > 0.9 > before
+
+
+def test_the_stream_and_the_schedule_conform_and_run() -> None:
+    check_stream("my_stream:pendulum_gravity", tasks=2).raise_if_failed()
+    check_schedule("my_schedule:there_and_back").raise_if_failed()
+    result = clbench.run(
+        "my_stream:pendulum_gravity", "random", budget=400, schedule="my_schedule:there_and_back",
+        stream_options={"tasks": 2, "episodes": 2}, **QUIET,
+    )  # fmt: skip
+    scores = [score for row in result.results["matrix"] for score in row]
+    assert all(0 < score < 1 for score in scores)
+    assert [p.visit for p in result.stream.phases] == [1, 1, 2, 2]
