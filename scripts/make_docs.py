@@ -10,9 +10,12 @@ Numbers in the documentation come from here and from nowhere else.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import datetime
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,20 +46,23 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
 
 
+def own(kind: str) -> dict[str, str]:
+    """Names and summaries of what clbench itself registers (not of other packages that happen to be installed)."""
+    from clbench.registry import TABLES, load_object
+
+    return {name: summary for name, (_, summary) in sorted(load_object(TABLES[kind]).items())}
+
+
 def registered(kind: str) -> str:
     """Names and summaries of one kind of plug-in."""
-    from clbench.registry import entries
-
-    return table(
-        (kind.removesuffix("s"), "what it is"), ((f"`{e.name}`", e.summary) for _, e in sorted(entries(kind).items()))
-    )
+    return table((kind.removesuffix("s"), "what it is"), ((f"`{name}`", text) for name, text in own(kind).items()))
 
 
 def what_works() -> str:
     """Everything registered, one row per kind."""
-    from clbench.registry import KINDS, entries
+    from clbench.registry import KINDS
 
-    names = {kind: ", ".join(f"`{name}`" for name in sorted(entries(kind))) for kind in KINDS}
+    names = {kind: ", ".join(f"`{name}`" for name in own(kind)) for kind in KINDS}
     return table(("kind", "registered today"), ((kind, names[kind] or "none yet") for kind in KINDS))
 
 
@@ -71,40 +77,40 @@ def options_text(fields: Iterable[Any]) -> str:
 
 def agents() -> str:
     """Agents with what they require and their options."""
-    from clbench.registry import entries, resolve
+    from clbench.registry import resolve
 
     rows = []
-    for name, entry in sorted(entries("agents").items()):
+    for name, summary in own("agents").items():
         cls = resolve("agents", name)
         needs = ", ".join(f"`{r}`" for r in sorted(cls.requires)) or "nothing"
-        rows.append((f"`{name}`", entry.summary, needs, options_text(dataclasses.fields(cls.Config))))
+        rows.append((f"`{name}`", summary, needs, options_text(dataclasses.fields(cls.Config))))
     return table(("agent", "what it is", "requires", "options and defaults"), rows)
 
 
 def streams() -> str:
     """Streams with their tasks, budgets and options."""
     from clbench.config import call_with_options, options_of
-    from clbench.registry import entries, resolve
+    from clbench.registry import resolve
     from clbench.rng import numpy_generator
 
     rows = []
-    for name, entry in sorted(entries("streams").items()):
+    for name, summary in own("streams").items():
         function = resolve("streams", name)
         suite = call_with_options(function, None, where=name, rng=numpy_generator(0, "stream", "tasks"))
         options = options_text(dataclasses.fields(options_of(function)))
-        rows.append((f"`{name}`", entry.summary, len(suite.tasks), suite.updates, suite.env_steps, options))
+        rows.append((f"`{name}`", summary, len(suite.tasks), suite.updates, suite.env_steps, options))
     return table(("stream", "what it is", "tasks", "updates per task", "steps per task", "options and defaults"), rows)
 
 
 def schedules() -> str:
     """Schedules with their options."""
     from clbench.config import options_of
-    from clbench.registry import entries, resolve
+    from clbench.registry import resolve
 
     rows = []
-    for name, entry in sorted(entries("schedules").items()):
+    for name, summary in own("schedules").items():
         fields = dataclasses.fields(options_of(resolve("schedules", name), ("num_tasks", "budget", "rng")))
-        rows.append((f"`{name}`", entry.summary, options_text(fields)))
+        rows.append((f"`{name}`", summary, options_text(fields)))
     return table(("schedule", "what it is", "options and defaults"), rows)
 
 
@@ -122,6 +128,33 @@ def run_options() -> str:
         default = "" if f.default is dataclasses.MISSING else f"`{f.default}`"
         rows.append((f"`{f.name}`", option, default, helps[f.name]))
     return table(("Python", "command line", "default", "meaning"), rows)
+
+
+MISTAKES = ("WrongShape", "MissingKey", "NeedsTaskId", "RaisesInLearn")
+
+
+def mistakes() -> str:
+    """What `clbench run` and `clbench check` say about the agents of examples/mistakes.py."""
+    import clbench
+    from clbench.errors import ClbenchError
+    from clbench.testing import run_check
+
+    def run_says(name: str, folder: str) -> str:
+        try:
+            clbench.run("digits-split", f"mistakes:{name}", out=folder, budget=2, eval_every=0, tensorboard=False)
+        except ClbenchError as error:
+            return str(error).replace(f"{ROOT / 'examples'}/", "")
+        return "nothing: it is noticed only when a run is resumed"
+
+    rows, before = [], set(sys.modules)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT / "examples"):
+        for name in MISTAKES:
+            failures = run_check(f"mistakes:{name}").failures
+            check_says = failures[0].message if failures else "nothing: it is right, on streams that reveal the task"
+            rows.append((f"`{name}`", run_says(name, f"{folder}/{name}"), check_says))
+    for module in {"my_agent", "mistakes"} - before:
+        sys.modules.pop(module, None)
+    return table(("agent", "`clbench run` says", "`clbench check` says"), rows)
 
 
 def usage() -> str:
@@ -158,10 +191,8 @@ def demo_results(folder: Path) -> str:
     differing = [k for k in ("git", "cpu", "torch", "dirty") if len({str(r[k]) for r in records}) > 1]
     if differing:
         sys.exit(f"make_docs: the runs below {folder} differ in {', '.join(differing)}; make all of them anew.")
-    date = max((Path(run) / "results.json").stat().st_mtime for run in runs)
-    import datetime
-
-    day = datetime.datetime.fromtimestamp(date, datetime.UTC).date().isoformat()
+    last = max((Path(run) / "results.json").stat().st_mtime for run in runs)
+    day = datetime.datetime.fromtimestamp(last, datetime.UTC).date().isoformat()
     commit = f"{str(made['git'])[:12]}{' with local changes' if made['dirty'] else ''}"
     source = (
         f"Command: `make demo`. Date: {day}. Commit: {commit}. Hardware: {made['cpu']}, {made['cores']} cores, "
@@ -180,6 +211,7 @@ CHEAP: dict[str, Callable[[], str]] = {
     "datasets": lambda: registered("datasets"),
     "run-options": run_options,
     "usage": usage,
+    "mistakes": mistakes,
 }
 COSTLY: dict[str, Callable[[], str]] = {"two-rooms-statistics": two_rooms_statistics}
 BY_HAND = ("demo-results",)  # written with --demo only

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
 import sys
 import types
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 import clbench.bench.envs as bench
 import clbench.experiments as experiments
 from clbench.cli.main import main
-from clbench.registry import KINDS, entries
+from clbench.registry import KINDS
 from clbench.testing import target as conformance
 
 ROOT = Path(__file__).parents[2]
@@ -42,14 +44,14 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder that holds the example files, as a reader would have them; what is imported there is forgotten."""
     for file in (ROOT / "examples").glob("*.py"):
         shutil.copy(file, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
-    yield tmp_path  # type: ignore[misc]
+    yield tmp_path
     for name in set(sys.modules) - before:
         if name.startswith("my_") or name.startswith("docs_block"):
             del sys.modules[name]
@@ -193,7 +195,7 @@ def test_every_page_is_reachable_from_the_readme() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_registered_is_described(kind: str) -> None:
     text = "".join(p.read_text() for p in PAGES if p.parent == ROOT / "docs")
-    assert [name for name in entries(kind) if f"`{name}`" not in text] == []
+    assert [name for name in make_docs.own(kind) if f"`{name}`" not in text] == []
 
 
 def cited_tests_missing(text: str) -> list[str]:
@@ -214,6 +216,32 @@ def test_promises_cite_tests_that_exist() -> None:
 def test_negative_control_a_missing_test_is_noticed() -> None:
     text = "`tests/docs/test_docs.py::test_links_resolve` `tests/docs/test_docs.py::test_that_is_not_there`"
     assert cited_tests_missing(text) == ["tests/docs/test_docs.py::test_that_is_not_there"]
+
+
+def keys(value: Any) -> Iterator[str]:
+    """All keys of nested mappings, except the open-ended ones."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            if key not in ("config", "provenance", "metrics"):
+                yield from keys(inner)
+
+
+def test_the_run_directory_page_names_every_file_and_key(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "run_directory.md").read_text()
+    main_arguments = ["run", "digits-split", "--agent", "bc", "--budget", "10", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as end:
+        main(main_arguments)
+    assert end.value.code == 0
+    files = {re.sub(r"tfevents\..*", "tfevents.*", f.name) for f in (tmp_path / "run").iterdir()}
+    assert {f for f in files if f"`{f}`" not in page} == set()
+    found: set[str] = set()
+    for name in ("results.json", "timing.json", "config.json"):
+        content = json.loads((tmp_path / "run" / name).read_text())
+        found |= set(keys({k: v for k, v in content.items() if k != "phases"}))
+    found |= set((tmp_path / "run" / "eval.csv").read_text().splitlines()[0].split(","))
+    assert {"updates", "parameters", "state_bytes", "wall_time_s", "evaluate", "peak_memory_bytes"} <= found
+    assert {k for k in found if f"`{k}`" not in page} == set()
 
 
 # -- generated parts -------------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ import pytest
 
 import clbench
 from clbench import experiments
-from clbench.errors import Interrupted
+from clbench.errors import ClbenchError, Interrupted
 from clbench.experiments import RunResult
 from clbench.records import state_digest
 from clbench.registry import resolve
-from clbench.testing import check_agent, check_env, check_schedule, check_stream
+from clbench.testing import check_agent, check_env, check_schedule, check_stream, run_check
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUIET: dict[str, Any] = {"tensorboard": False, "eval_every": 0}
@@ -49,9 +49,11 @@ def test_agents_conform(name: str) -> None:
 def test_the_agent_learns() -> None:
     result = clbench.run("digits-split", "my_agent:MyAgent", budget=60, **QUIET)
     independent = clbench.run("digits-split", "my_agent:MyAgent", budget=60, protocol="independent", **QUIET)
-    assert independent.metrics["average_performance"] > 0.8
-    assert result.metrics["learning_accuracy"] > 0.8  # each task on its own ...
-    assert result.metrics["backward_transfer"] < -0.3  # ... and then it is forgotten: class-incremental, no remedy
+    assert independent.results["metrics"]["average_performance"] > 0.8
+    assert result.results["metrics"]["learning_accuracy"] > 0.8  # each task on its own ...
+    assert (
+        result.results["metrics"]["backward_transfer"] < -0.3
+    )  # ... and then it is forgotten
 
 
 @contextlib.contextmanager
@@ -75,7 +77,7 @@ def test_agents_resume_exactly(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     def go(folder: str) -> RunResult:
         return clbench.run(stream, name, out=tmp_path / folder, evaluate=False, **settings)
 
-    settings = {"tensorboard": False} if "online" in name else {"tensorboard": False, "budget": 20}
+    settings: dict[str, Any] = {"tensorboard": False} if "online" in name else {"tensorboard": False, "budget": 20}
     whole = go("whole")
     with monkeypatch.context() as patch:
         patch.setattr(experiments, "_stopping", stop_soon)
@@ -108,3 +110,23 @@ def test_the_stream_and_the_schedule_conform_and_run() -> None:
     scores = [score for row in result.results["matrix"] for score in row]
     assert all(0 < score < 1 for score in scores)
     assert [p.visit for p in result.stream.phases] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("WrongShape", r"WrongShape.act returned actions of shape \(\d+, 10\), expected \(\d+,\)"),
+        ("NeedsTaskId", "requires 'task_id', but stream 'digits-split' does not offer it: it reveals 'boundaries'"),
+        ("RaisesInLearn", r"RaisesInLearn.learn raised ZeroDivisionError at .*mistakes.py:\d+"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ClbenchError, match=message) as error:
+        clbench.run("digits-split", f"mistakes:{name}", budget=2, out=tmp_path / "run", **QUIET)
+    assert "\n" not in str(error.value)
+    assert name == "RaisesInLearn" or not (tmp_path / "run").exists()
+
+
+def test_a_missing_key_is_found_by_the_conformance_suite() -> None:
+    failures = run_check("mistakes:MissingKey").failures
+    assert any("optimizer" in f.message for f in failures)
