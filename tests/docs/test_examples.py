@@ -17,10 +17,11 @@ from clbench.errors import ClbenchError, Interrupted
 from clbench.experiments import RunResult
 from clbench.records import state_digest
 from clbench.registry import resolve
-from clbench.testing import check_agent, check_env, check_schedule, check_stream, run_check
+from clbench.testing import check_agent, check_dataset, check_env, check_schedule, check_stream, run_check
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUIET: dict[str, Any] = {"tensorboard": False, "eval_every": 0}
+EPISODES = clbench.TaskList.from_seeds(40)
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +52,7 @@ def test_the_agent_learns() -> None:
     independent = clbench.run("digits-split", "my_agent:MyAgent", budget=60, protocol="independent", **QUIET)
     assert independent.results["metrics"]["average_performance"] > 0.8
     assert result.results["metrics"]["learning_accuracy"] > 0.8  # each task on its own ...
-    assert (
-        result.results["metrics"]["backward_transfer"] < -0.3
-    )  # ... and then it is forgotten
+    assert result.results["metrics"]["backward_transfer"] < -0.3  # ... and then it is forgotten
 
 
 @contextlib.contextmanager
@@ -92,11 +91,20 @@ def test_agents_resume_exactly(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("env", ["my_env:Corridor", "my_batched_env:Corridors"])
 def test_environments_conform_and_are_learned(env: str) -> None:
     check_env(env, success=True).raise_if_failed()
-    task = clbench.Task("corridor", env, {"cells": 6}, evaluation=clbench.TaskList.from_seeds(40))
+    task = clbench.Task("corridor", env, {"cells": 6}, evaluation=EPISODES)
     stream = clbench.Stream("corridor", (task,), (clbench.Phase("corridor", 6000),))
     options = {"lr": 1e-2}
     trained = clbench.run(stream, "my_online_agent:ActorCritic", num_envs=16, agent_options=options, **QUIET)
     before, after = (row[0] for row in trained.results["matrix"])
+    assert after > 0.9 > before
+
+
+def test_the_data_set_conforms_and_shows_the_way() -> None:
+    check_dataset("my_dataset:corridor_walks", episodes=20).raise_if_failed()
+    task = clbench.Task("c", "my_env:Corridor", {"cells": 6}, "my_dataset:corridor_walks?cells=6", evaluation=EPISODES)
+    stream = clbench.Stream("corridor", (task,), (clbench.Phase("c", 200),))
+    cloned = clbench.run(stream, "bc", agent_options={"hidden": (32,), "lr": 1e-2}, **QUIET)
+    before, after = (row[0] for row in cloned.results["matrix"])
     assert after > 0.9 > before
 
 
