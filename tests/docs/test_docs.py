@@ -142,6 +142,19 @@ def test_commands_parse(command: str, desk: Path, monkeypatch: pytest.MonkeyPatc
     try_command(shlex.split(command), monkeypatch)
 
 
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    shown = {
+        word
+        for page in PAGES
+        for line in re.findall(
+            r"^make ([^#\n]+)", "".join(code for _, code in BLOCK.findall(page.read_text())), re.MULTILINE
+        )
+        for word in line.split()
+    }
+    assert {"demo", "test"} <= shown <= targets
+
+
 def test_every_verb_is_shown() -> None:
     assert {shlex.split(c)[0] for c in ALL_COMMANDS} >= {"run", "report", "list", "check", "bench"}
 
