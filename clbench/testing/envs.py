@@ -503,7 +503,7 @@ def _render(case: Case) -> str | None:
     env = case.fresh([3, 4, 5])[0]
     try:
         frames = env.render()
-    except NotImplementedError as error:
+    except (NotImplementedError, ClbenchError) as error:
         if not str(error):
             raise Failed(
                 "render raised NotImplementedError without a message; say what the user should do instead."

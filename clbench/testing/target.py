@@ -65,7 +65,7 @@ def _kind(target: str) -> tuple[str, str]:
         return "envs", target
     if ":" not in target:
         raise unknown_name("plug-in", target, {n for k in KINDS for n in known[k]})
-    return _kind_of(load_object(target), target), target
+    return _kind_of(load_object(target.partition("?")[0]), target), target
 
 
 def _kind_of(plugin: Any, target: str) -> str:
