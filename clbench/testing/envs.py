@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clbench.contracts import TaskList, VectorEnv
 from clbench.envs.make import make_env
+from clbench.errors import ClbenchError
 from clbench.rng import get_global_state, sealed_global_rng, seed_global
 from clbench.testing.core import (
     Checks,
