@@ -131,6 +131,12 @@ def options_of(function: Callable[..., Any], skip: tuple[str, ...] = ("rng",)) -
 
 
 def call_with_options(function: Callable[..., T], values: Mapping[str, Any] | None, where: str, **fixed: Any) -> T:
-    """Call ``function`` with checked options (see :func:`options_of`) and ``fixed`` arguments."""
+    """Call ``function`` with checked options (see :func:`options_of`) and ``fixed`` arguments.
+
+    A function that draws nothing may leave out ``rng``.
+    """
+    accepted = inspect.signature(function).parameters.values()
+    if not any(p.name == "rng" or p.kind is p.VAR_KEYWORD for p in accepted):
+        fixed.pop("rng", None)
     options = build(options_of(function, skip=("rng", *fixed)), values, where)
     return function(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)}, **fixed)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,23 @@ class RunDirectory:
         return "interrupted"
 
 
+# what reading a damaged archive raises, apart from the checks of its reader
+BROKEN_ARCHIVE = (
+    OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+def check_archive(archive: zipfile.ZipFile) -> None:
+    """Refuse compression that we never write (a damaged header may name any).
+
+    Raises:
+        zipfile.BadZipFile: names the record.
+    """
+    for record in archive.infolist():
+        if record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise zipfile.BadZipFile(f"{record.filename!r} has the compression method {record.compress_type}")
+
+
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint atomically. Tensors and plain values only (it is read back with ``weights_only=True``)."""
     import torch
@@ -362,11 +380,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     advice = "Start the run again with --overwrite."
     try:
         with zipfile.ZipFile(path) as archive:
+            check_archive(archive)
             bad = archive.testzip()  # CRC of every record
         if bad is not None:
             raise DataError(f"Checkpoint {path} is corrupt (record {bad}). {advice}")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
+    except BROKEN_ARCHIVE as error:
         raise DataError(
             f"Checkpoint {path} is corrupt or truncated ({type(error).__name__}: {error}). {advice}"
         ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from clbench.data import RENDERERS
 from clbench.data.dataset import OfflineDataset, Rendered
 from clbench.errors import DataError
-from clbench.records import write_bytes
+from clbench.records import BROKEN_ARCHIVE, check_archive, write_bytes
 from clbench.registry import load_object
 
 FORMAT, VERSION = "clbench-dataset", 1
@@ -88,6 +87,7 @@ def load_stored_dataset(path: str | Path, device: Any = "cpu") -> OfflineDataset
     path = Path(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
+            check_archive(archive.zip)
             if "header" not in archive.files:
                 raise DataError(f"{path} is not a clbench data set (no header); see docs/data.md for the format.")
             header = json.loads(archive["header"].tobytes())
@@ -101,7 +101,7 @@ def load_stored_dataset(path: str | Path, device: Any = "cpu") -> OfflineDataset
         raise
     except FileNotFoundError as error:
         raise DataError(f"There is no data set at {path}.") from error
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+    except BROKEN_ARCHIVE as error:
         detail = f"{type(error).__name__}: {error}"
         raise DataError(f"{path} is corrupt or truncated ({detail}); make or copy it again.") from error
     for key, array in arrays.items():

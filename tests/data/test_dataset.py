@@ -261,7 +261,7 @@ def test_tensors_that_are_not_shared_are_not_mixed_up() -> None:
     ("other", "message"),
     [
         (OfflineDataset(torch.zeros(2, 3), torch.zeros(2, 1), torch.tensor([2]), torch.zeros(1, 3)), "cannot be joined"),
-        (OfflineDataset(torch.zeros(2, 2).int(), torch.zeros(2, 1), torch.tensor([2]), torch.zeros(1, 2).int()), "cannot be joined"),
+        (OfflineDataset(torch.zeros(2, 2).int(), torch.zeros(2, 1), torch.tensor([2]), torch.ones(1, 2).int()), "join"),
         (OfflineDataset(torch.zeros(2, 2), torch.zeros(2).int(), torch.tensor([2]), torch.zeros(1, 2)), "cannot be joined"),
         (numbered([2], goal=True), "cannot be joined: their observations .* have different keys"),
         (numbered([2], rendered=True), "cannot be joined"),
