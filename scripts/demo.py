@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 SEEDS = (0, 1, 2)
-LARGER = {"hidden": (256, 256, 256), "batch_size": 512}
+LARGER = {"hidden": (256, 256, 256), "batch_size": 256}
 RUNS: list[dict[str, Any]] = [
     {"stream": "two-rooms-doors", "agent": "bc", "budget": 2500, "eval_every": 1250, "agent_options": LARGER},
     {"stream": "two-rooms-doors", "agent": "random", "budget": 2500, "eval_every": 1250},
