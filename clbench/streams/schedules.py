@@ -81,23 +81,35 @@ def blurred(*, num_tasks: int, budget: int, rng: np.random.Generator, overlap: f
 
 
 def power_law(
-    *, num_tasks: int, budget: int, rng: np.random.Generator, exponent: float = 1.0, phases: int = 0
+    *,
+    num_tasks: int,
+    budget: int,
+    rng: np.random.Generator,
+    exponent: float = 1.0,
+    phases: int = 0,
+    introduce: bool = True,
 ) -> Slots:
     """Power-law recurrence: ``P(task) ~ (time since it was last seen) ** -exponent``.
 
-    Time counts phases; ``phases=0`` means four times the number of tasks. Every task is introduced before its weight would
-    be undefined: task ``k`` has, until it is first seen, the age it would have if all tasks had been seen once, in order,
-    before the stream began. ``exponent=0`` is the uniform schedule. Source: 'Catastrophic Interference is Mitigated in
+    Time counts phases; ``phases=0`` means four times the number of tasks. With ``introduce``, new tasks arrive in order and
+    evenly spaced (task ``k`` of ``n`` first comes at phase ``k * phases // n``), and the phases in between are drawn from
+    the tasks seen so far; without it every phase is drawn from all tasks, each counting as seen once, in order, before the
+    stream began, and some tasks may never come. ``exponent=0`` draws uniformly. Source: 'Catastrophic Interference is Mitigated in
     Naturalistic Power-Law Learning Environments' (the probability of meeting a task falls as a power law of the time since
     it was last performed).
     """
     if not (exponent >= 0 and np.isfinite(exponent)):
         raise ConfigError(f"exponent must be >= 0, got {exponent}.")
-    last = np.arange(-num_tasks, 0)  # virtual history: task k was last seen at time k - num_tasks
+    pieces = _pieces(num_tasks, budget, phases, default=4)
+    last = np.arange(-num_tasks, 0)
+    known = 0 if introduce else num_tasks
     slots: Slots = []
-    for time, b in enumerate(_pieces(num_tasks, budget, phases, default=4)):
-        weight = (time - last).astype(float) ** -exponent
-        task = int(rng.choice(num_tasks, p=weight / weight.sum()))
+    for time, b in enumerate(pieces):
+        if known < num_tasks and known * len(pieces) // num_tasks <= time:
+            task, known = known, known + 1
+        else:
+            weight = (time - last[:known]).astype(float) ** -exponent
+            task = int(rng.choice(known, p=weight / weight.sum()))
         last[task] = time
         slots.append((task, b))
     return slots

@@ -29,7 +29,9 @@ OPTIONS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "uniform": st.fixed_dictionaries({"phases": st.integers(0, 12)}),
     "markov": st.fixed_dictionaries({"phases": st.integers(0, 12), "stay": st.floats(0, 1)}),
     "blurred": st.fixed_dictionaries({"overlap": st.floats(0, 1), "slices": st.integers(1, 12)}),
-    "power-law": st.fixed_dictionaries({"phases": st.integers(0, 12), "exponent": st.floats(0, 50)}),
+    "power-law": st.fixed_dictionaries(
+        {"phases": st.integers(0, 12), "exponent": st.floats(0, 50), "introduce": st.booleans()}
+    ),
 }
 
 
@@ -193,7 +195,9 @@ def power_law_p_value(streams: list[np.ndarray], num_tasks: int, exponent: float
 
 def recurrence(exponent: float, seed: int = 0, phases: int = 6000, num_tasks: int = 8) -> np.ndarray:
     rng = numpy_generator(seed, "power-law")
-    return tasks_of(power_law(num_tasks=num_tasks, budget=phases, rng=rng, exponent=exponent, phases=phases))
+    return tasks_of(
+        power_law(num_tasks=num_tasks, budget=phases, rng=rng, exponent=exponent, phases=phases, introduce=False)
+    )
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
@@ -207,13 +211,40 @@ def test_the_next_task_follows_the_power_law_of_its_age(exponent: float) -> None
 def test_the_first_draw_by_brute_force() -> None:
     """Before anything is seen, task ``k`` of 4 has the age ``4 - k``."""
     rng = numpy_generator(0, "first")
-    first = [power_law(num_tasks=4, budget=4, rng=rng, exponent=1.0)[0][0] for _ in range(4000)]
+    first = [power_law(num_tasks=4, budget=4, rng=rng, exponent=1.0, introduce=False)[0][0] for _ in range(4000)]
     weight = 1 / np.array([4, 3, 2, 1])
     assert stats.chisquare(np.bincount(first, minlength=4), weight / weight.sum() * 4000).pvalue > 1e-3
 
 
 def test_exponent_zero_is_the_uniform_schedule() -> None:
     assert stats.chisquare(np.bincount(recurrence(0.0), minlength=8)).pvalue > 1e-3
+
+
+@given(st.integers(1, 12), st.integers(1, 60), st.floats(0, 3), st.integers(0, 2**32))
+def test_new_tasks_arrive_in_order_and_evenly_spaced(num_tasks: int, phases: int, exponent: float, seed: int) -> None:
+    rng = numpy_generator(seed, "introduce")
+    tasks = tasks_of(power_law(num_tasks=num_tasks, budget=phases, rng=rng, exponent=exponent, phases=phases))
+    first = {int(t): i for i, t in reversed(list(enumerate(tasks)))}
+    assert sorted(first) == list(range(min(num_tasks, phases))), "every task comes, if there are phases enough"
+    if phases >= num_tasks:
+        assert [first[k] for k in range(num_tasks)] == [k * phases // num_tasks for k in range(num_tasks)]
+
+
+def test_between_arrivals_the_known_tasks_follow_the_power_law() -> None:
+    """Two tasks, eight phases: in the last three, the older of both has the weight ``age ** -2``, by brute force."""
+    counts = np.zeros(2)
+    expected = np.zeros(2)
+    for seed in range(3000):
+        rng = numpy_generator(seed, "pair")
+        tasks = tasks_of(power_law(num_tasks=2, budget=4, rng=rng, exponent=2.0, phases=8))
+        assert list(tasks[:5]) == [0, 0, 0, 0, 1]
+        for time in (5, 6, 7):
+            age = np.array([time - np.flatnonzero(tasks[:time] == k)[-1] for k in (0, 1)])
+            weight = age.astype(float) ** -2
+            expected += weight / weight.sum()
+            counts[tasks[time]] += 1
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
+    assert stats.chisquare(counts, [sum(expected) / 2] * 2).pvalue < 1e-3  # negative control: uniform
 
 
 def gaps(tasks: np.ndarray) -> np.ndarray:
