@@ -91,12 +91,12 @@ def power_law(
 ) -> Slots:
     """Power-law recurrence: ``P(task) ~ (time since it was last seen) ** -exponent``.
 
-    Time counts phases; ``phases=0`` means four times the number of tasks. With ``introduce``, new tasks arrive in order and
-    evenly spaced (task ``k`` of ``n`` first comes at phase ``k * phases // n``), and the phases in between are drawn from
-    the tasks seen so far; without it every phase is drawn from all tasks, each counting as seen once, in order, before the
-    stream began, and some tasks may never come. ``exponent=0`` draws uniformly. Source: 'Catastrophic Interference is Mitigated in
-    Naturalistic Power-Law Learning Environments' (the probability of meeting a task falls as a power law of the time since
-    it was last performed).
+    Time counts phases; ``phases=0`` means four times the number of tasks. With ``introduce``, new tasks arrive in
+    order and evenly spaced (task ``k`` of ``n`` first comes at phase ``k * phases // n``), and the phases in between
+    are drawn from the tasks seen so far; without it every phase is drawn from all tasks, each counting as seen once,
+    in order, before the stream began, and some tasks may never come. ``exponent=0`` draws uniformly. Source:
+    'Catastrophic Interference is Mitigated in Naturalistic Power-Law Learning Environments' (the probability of
+    meeting a task falls as a power law of the time since it was last performed).
     """
     if not (exponent >= 0 and np.isfinite(exponent)):
         raise ConfigError(f"exponent must be >= 0, got {exponent}.")
