@@ -42,11 +42,15 @@ def plugin_error(plugin: Any, what: str, error: Exception) -> ContractError:
 
 
 def check_actions(actions: Any, space: gymnasium.Space, num_envs: int, who: str) -> torch.Tensor:
-    """The actions of an agent as the environment takes them; boxes are clipped to their bounds.
+    """The actions of an agent as the environment takes them, int64 or float32; boxes are clipped to their bounds.
+
+    Args:
+        who: for messages: the name of the agent, or who did what (``"Name.learn sent"``).
 
     Raises:
         ContractError: wrong type, shape, dtype, NaN, or an index outside a discrete space.
     """
+    did = who if " " in who else f"{who}.act returned"
     if not isinstance(actions, torch.Tensor):
         raise ContractError(
             f"{who}.act must return (actions, memory) with actions a torch tensor, got {type(actions).__name__}."
@@ -54,24 +58,22 @@ def check_actions(actions: Any, space: gymnasium.Space, num_envs: int, who: str)
     expected = (num_envs, *(space.shape or ()))
     if tuple(actions.shape) != expected:
         raise ContractError(
-            f"{who}.act returned actions of shape {tuple(actions.shape)}, expected {expected}: one row per environment"
+            f"{did} actions of shape {tuple(actions.shape)}, expected {expected}: one row per environment"
             f"{', one column per action dimension' if len(expected) > 1 else ''}."
         )
     if isinstance(space, gymnasium.spaces.Discrete):
         if actions.is_floating_point() or actions.dtype == torch.bool:
-            raise ContractError(f"{who}.act returned {actions.dtype} actions for {space}; return int64 indices.")
+            raise ContractError(f"{did} {actions.dtype} actions for {space}; return int64 indices.")
         low, high = int(space.start), int(space.start + space.n - 1)
         if bool(((actions < low) | (actions > high)).any()):
-            raise ContractError(
-                f"{who}.act returned an action outside {low}..{high}; check the argmax or the sampling."
-            )
-        return actions
+            raise ContractError(f"{did} an action outside {low}..{high}; check the argmax or the sampling.")
+        return actions.to(torch.int64)
     if not actions.is_floating_point():
-        raise ContractError(f"{who}.act returned {actions.dtype} actions for {space}; return floats.")
+        raise ContractError(f"{did} {actions.dtype} actions for {space}; return floats.")
     if not bool(torch.isfinite(actions).all()):
-        raise ContractError(f"{who}.act returned NaN or infinite actions; the weights or the inputs are not finite.")
+        raise ContractError(f"{did} NaN or infinite actions; the weights or the inputs are not finite.")
     if isinstance(space, gymnasium.spaces.Box):
-        low, high = (torch.as_tensor(b, device=actions.device) for b in (space.low, space.high))
+        low, high = (torch.as_tensor(b, dtype=torch.float32, device=actions.device) for b in (space.low, space.high))
         return actions.to(torch.float32).clamp(low, high)
     return actions
 
@@ -111,6 +113,7 @@ def evaluate(
     ids = None if task_id is None else torch.full((rows,), task_id, dtype=torch.int64, device=device)
     limit = env.max_episode_steps or MAX_EPISODE_STEPS
     seconds = {"environment": 0.0, "act": 0.0}
+    plugins: dict[str, tuple[Any, str]] = {"environment": (f"environment {task.env_id}", "step"), "act": (agent, "act")}
 
     def begin(mask: torch.Tensor) -> Any:
         chosen = [min(int(e), total - 1) for e in episode.tolist()]
@@ -119,7 +122,12 @@ def evaluate(
 
     def timed(kind: str, function: Callable[[], Any]) -> Any:
         start = time.perf_counter()
-        value = function()
+        try:
+            value = function()
+        except ClbenchError:
+            raise
+        except Exception as error:
+            raise plugin_error(*plugins[kind], error) from error
         seconds[kind] += time.perf_counter() - start
         return value
 
@@ -129,15 +137,10 @@ def evaluate(
         obs = timed("environment", lambda: begin(first))
         while True:
             should_stop()
-            try:
-                answer = timed("act", lambda: agent.act(obs, memory, first, rng=rng, task=ids, explore=False))  # noqa: B023
-            except ClbenchError:
-                raise
-            except Exception as error:
-                raise plugin_error(agent, "act", error) from error
+            answer = timed("act", lambda: agent.act(obs, memory, first, rng=rng, task=ids, explore=False))  # noqa: B023
             if not (isinstance(answer, tuple) and len(answer) == 2):
                 raise ContractError(f"{who}.act must return the pair (actions, memory), got {type(answer).__name__}.")
-            actions, memory = check_actions(answer[0], env.single_action_space, rows, who), answer[1]
+            actions, memory = check_actions(answer[0], env.single_action_space, rows, who).to(device), answer[1]
             obs, reward, terminated, truncated, info = timed("environment", lambda: env.step(actions))  # noqa: B023
             playing = episode < total
             done = (terminated | truncated) & playing

@@ -25,7 +25,7 @@ from clbench.data.registry import load_dataset
 from clbench.envs.concat import concat
 from clbench.envs.make import make_env
 from clbench.errors import ClbenchError, ConfigError, ContractError, DataError, Interrupted
-from clbench.evaluate import evaluate, plugin_error
+from clbench.evaluate import check_actions, evaluate, plugin_error
 from clbench.records import RunDirectory, load_checkpoint, save_checkpoint, state_bytes, state_digest
 from clbench.rng import derive_seed, get_global_state, sealed_global_rng, seed_global, set_global_state, torch_generator
 
@@ -85,12 +85,12 @@ def check_requirements(agent_class: type[Agent], agent_name: str, stream: Stream
             )
 
 
-def segments_of(stream: Stream) -> list[tuple[int, int]]:
-    """(phase index, budget) per call of ``learn``; see the module's docstring."""
+def segments_of(stream: Stream, least: int = 1) -> list[tuple[int, int]]:
+    """(phase index, budget) per call of ``learn``, of ``least`` units where phases allow; see the module's docstring."""
     if stream.reveals != "nothing":
         return [(i, p.budget) for i, p in enumerate(stream.phases)]
     common, shortest = math.gcd(*(p.budget for p in stream.phases)), min(p.budget for p in stream.phases)
-    target = max(1, shortest // SEGMENTS_PER_HIDDEN_PHASE)
+    target = max(1, shortest // SEGMENTS_PER_HIDDEN_PHASE, min(least, shortest))
     size = max(d for d in range(1, min(target, common) + 1) if common % d == 0)
     if size * 10 < target:  # no useful common divisor: nearly equal segments are the best that can be done
         size = target
@@ -104,14 +104,30 @@ def segments_of(stream: Stream) -> list[tuple[int, int]]:
 # -- counting ------------------------------------------------------------------------------------------------------------
 
 
-class MeteredEnv:
-    """A training environment that counts its steps and the time they take, and checks what the agent sends."""
+# what an agent may use of an environment: the contract, and what goes with it in Gymnasium
+VISIBLE = frozenset(
+    {
+        "num_envs", "device", "autoreset", "max_episode_steps", "single_observation_space", "single_action_space",
+        "observation_space", "action_space", "metadata", "render_mode", "compute_reward", "render", "state_dict",
+        "load_state_dict", "close",
+    }
+)  # fmt: skip
 
-    def __init__(self, env: VectorEnv, agent_name: str):
-        self._env, self._agent_name = env, agent_name
+
+class MeteredEnv:
+    """A training environment that counts its steps and the time they take, and checks what the agent sends.
+
+    Actions of a ``Box`` are clipped to its bounds, as in evaluation. Unless the stream reveals the task, attributes that
+    are not part of the contract (the position of a wall, the number of a permutation) are not there.
+    """
+
+    def __init__(self, env: VectorEnv, agent_name: str, revealed: bool = True):
+        self._env, self._agent_name, self._revealed = env, agent_name, revealed
         self.steps, self.seconds = 0, 0.0
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not (self._revealed or name in VISIBLE):
+            raise AttributeError(f"{name!r} is no part of clbench.VectorEnv, and this stream does not reveal the task")
         return getattr(self._env, name)
 
     def reset(self, **arguments: Any) -> Any:
@@ -122,7 +138,9 @@ class MeteredEnv:
 
     def step(self, actions: Any) -> Any:
         start = time.perf_counter()
-        answer = self._env.step(actions)
+        space, rows = self._env.single_action_space, self._env.num_envs
+        sent = check_actions(torch.as_tensor(actions), space, rows, f"{self._agent_name}.learn sent")
+        answer = self._env.step(sent.to(self._env.device))
         self.seconds += time.perf_counter() - start
         self.steps += self._env.num_envs
         return answer
@@ -216,15 +234,18 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.device = torch.device(self.settings.device)
-        self.segments = segments_of(self.stream)
-        self.total = sum(b for _, b in self.segments)
+        self.segments = segments_of(self.stream, 8 * self.settings.num_envs if self.unit == "env_steps" else 1)
+        self._phase_starts = [sum(b for i, b in self.segments if i < k) for k in range(len(self.stream.phases))]
+        self._reveals_task = self.stream.reveals == "task_id"
         self.scores: dict[str, float] = {}
         self._eval_envs: dict[str, VectorEnv] = {}
         self._datasets: dict[str, OfflineDataset] = {}
         self._purity_checked = False
         self._last_checkpoint = time.monotonic()
         self._checkpoint_cost = 0.0
+        self._readable = False  # whether a checkpoint of this process has been read back
         self._writer: Any = None
+        self._purge_step: int | None = None
         self.spaces = self._common_spaces()
         self.agent = self._new_agent()
 
@@ -244,43 +265,52 @@ class Loop:
             self.directory.eval.restart()
             self.directory.train.restart()
         try:
-            self._evaluate_phase_end()
+            self._evaluate_between_segments()
             while self.position.segment < len(self.segments):
                 self._run_segment(learn_state)
                 learn_state = None
-                self._evaluate_phase_end()
+                self._evaluate_between_segments()
         except (Interrupted, KeyboardInterrupt) as stop:
             raise Interrupted("Stopped by the user.") from stop
         finally:
             self._close()
 
-    def _evaluate_phase_end(self) -> None:
-        """Row 0 before training, row i after phase i. Training up to here is already saved."""
+    def _evaluate_between_segments(self) -> None:
+        """Row 0 before training, row i after phase i, and what is due within a phase. Training up to here is saved."""
         segment = self.position.segment
-        if segment == 0:
-            if self.settings.fresh_agent or self.position.inside:
-                return
-            phase = 0
-        else:
-            index = self.segments[segment - 1][0]
-            if segment < len(self.segments) and self.segments[segment][0] == index:
-                return  # in the middle of a phase
-            phase = index + 1
-        if not self.position.inside and self._evaluate_now(phase):
+        if self.position.inside or (segment == 0 and self.settings.fresh_agent):
+            return
+        phase = 0 if segment == 0 else self.segments[segment - 1][0] + 1
+        if self._within_phase(segment) and not self._evaluation_due(phase - 1):
+            return
+        if self._evaluate_now(phase):
             self._checkpoint(None)
+
+    def _within_phase(self, segment: int) -> bool:
+        """Whether ``segment`` goes on with the phase of the one before."""
+        return 0 < segment < len(self.segments) and self.segments[segment - 1][0] == self.segments[segment][0]
+
+    def _evaluation_due(self, index: int) -> bool:
+        """Whether a multiple of ``eval_every`` of phase ``index`` has passed since the last evaluation."""
+        every, start = self.settings.eval_every, self._phase_starts[index]
+        every = max(1, self.stream.phases[index].budget // 10) if every is None else every
+        since, last = self.position.step - start, max(self.position.evaluated - start, 0)
+        return every > 0 and since // every > last // every
 
     def _run_segment(self, learn_state: Mapping[str, Any] | None) -> None:
         position = self.position
         index, budget = self.segments[position.segment]
         phase = self.stream.phases[index]
-        begins = position.segment == 0 or self.segments[position.segment - 1][0] != index
+        begins = not self._within_phase(position.segment)
         told = self.stream.reveals != "nothing"
         rng = torch_generator(self.settings.seed, "agent", "learn", position.segment, device=self.device)
-        experience, meter = self._experience(phase, position.segment)
+        with sealed_global_rng():
+            experience, meter = self._experience(phase)
         if learn_state is not None:  # resumed inside this segment
             rng.set_state(learn_state["rng"])
             if experience.env is not None:
-                experience.env.load_state_dict(learn_state["env"])
+                with sealed_global_rng():
+                    experience.env.load_state_dict(learn_state["env"])
         else:
             if self.settings.fresh_agent and begins:
                 past = self._own_costs()
@@ -311,19 +341,15 @@ class Loop:
         position, budget = self.position, self.segments[self.position.segment][1]
         resumed_at = position.consumed
         steps_before = position.env_steps
-        every = self.settings.eval_every
-        every = max(1, phase.budget // 10) if every is None else every
-        phase_start = sum(b for i, b in self.segments[: position.segment] if i < index)
         log_every = max(1, phase.budget // LOG_POINTS_PER_PHASE)
 
         def pause() -> None:
             """Between two yields, when the agent's state is whole: evaluate where due, stop if asked, save now and then."""
             try:
-                since, last = position.step - phase_start, max(position.evaluated - phase_start, 0)
-                if every and since // every > last // every:
+                if self._evaluation_due(index):
                     self._evaluate_now(phase=index + 1)
                 self.should_stop()
-            except (Interrupted, KeyboardInterrupt):
+            except Interrupted:  # a KeyboardInterrupt may come between two statements: nothing is whole then
                 self._checkpoint(self._learn_state(rng, experience))
                 raise
             age = time.monotonic() - self._last_checkpoint
@@ -382,7 +408,10 @@ class Loop:
     def _units(self, metrics: Mapping[str, float], count: int, resumed_at: int, budget: int) -> int:
         """Units of the segment consumed so far: what the agent says, or one per yield."""
         said = metrics.get("step")
-        consumed = resumed_at + (count if said is None else int(said))
+        try:
+            consumed = resumed_at + (count if said is None else int(said))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ContractError(f"{self.agent_name}.learn yielded step={said!r}; it must be a whole number.") from error
         if said is not None and not self.position.consumed <= consumed <= budget:
             raise ContractError(
                 f"{self.agent_name}.learn yielded step={int(said)} after {self.position.consumed - resumed_at}, with a "
@@ -393,8 +422,9 @@ class Loop:
 
     # -- experience -----------------------------------------------------------------------------------------------------
 
-    def _experience(self, phase: Phase, segment: int) -> tuple[Experience, MeteredEnv | None]:
-        """New objects for every segment, so that identity reveals nothing."""
+    def _experience(self, phase: Phase) -> tuple[Experience, MeteredEnv | None]:
+        """New objects for every segment, so that identity reveals nothing. Draws nothing from the agent's generators, as
+        a resumed run makes them at other moments."""
         requires, tasks = type(self.agent).requires, [self.stream.task(n) for n in phase.tasks]
         with_data = all(t.dataset_id for t in tasks) and ("dataset" in requires or "env" not in requires)
         with_env = "env" in requires or not with_data
@@ -412,18 +442,22 @@ class Loop:
                     f"Joint training of {len(tasks)} tasks needs at least as many environments; raise --num-envs."
                 )
             envs = [make_env(t.env_id, n, self.device, **t.env_kwargs) for t, n in zip(tasks, rows, strict=True)]
-            env = MeteredEnv(envs[0] if len(envs) == 1 else concat(envs), self.agent_name)
+            env = MeteredEnv(envs[0] if len(envs) == 1 else concat(envs), self.agent_name, self._reveals_task)
         return Experience(dataset, env), env  # type: ignore[arg-type]
 
     def _dataset(self, task: Task) -> OfflineDataset:
         assert task.dataset_id is not None
         if task.name not in self._datasets:
-            revealed = self.stream.tasks.index(task) if self.stream.reveals == "task_id" else None
-            self._datasets[task.name] = load_dataset(task.dataset_id, self.device).with_task(revealed)
+            revealed = self.stream.tasks.index(task) if self._reveals_task else None
+            with blame(f"data set {task.dataset_id}", "load"):
+                data = load_dataset(task.dataset_id, self.device).with_task(revealed)
+            if not self._reveals_task:  # its id says which task it is
+                data.name, data.metadata = "dataset", {}
+            self._datasets[task.name] = data
         return self._datasets[task.name]
 
     def _task_info(self, phase: Phase) -> TaskInfo:
-        if self.stream.reveals != "task_id" or not isinstance(phase.task, str):
+        if not self._reveals_task or not isinstance(phase.task, str):
             return TaskInfo()
         return TaskInfo([t.name for t in self.stream.tasks].index(phase.task), phase.task)
 
@@ -431,7 +465,8 @@ class Loop:
         """The spaces of all tasks, which must be equal."""
         found: Spaces | None = None
         for task in self.stream.tasks:
-            env = make_env(task.env_id, 1, self.device, autoreset="disabled", **task.env_kwargs)
+            with blame(task.env_id, "__init__"):
+                env = make_env(task.env_id, 1, self.device, autoreset="disabled", **task.env_kwargs)
             spaces = Spaces(env.single_observation_space, env.single_action_space)
             env.close()
             if found is not None and spaces != found:
@@ -463,7 +498,7 @@ class Loop:
         start = time.perf_counter()
         current = self.stream.phases[phase - 1].tasks if phase else ()
         tasks = [t for t in self.stream.tasks if not self.settings.fresh_agent or t.name in current]
-        before = None if self._purity_checked else state_digest(self.agent.state_dict())
+        before = None if self._purity_checked else state_digest(self._agent_state())
         rows: list[tuple[Any, ...]] = []
         with sealed_global_rng():
             for task in tasks:
@@ -473,7 +508,7 @@ class Loop:
                     task,
                     self._eval_env(task),
                     rng=torch_generator(self.settings.seed, "evaluation", task.name, device=self.device),
-                    task_id=number if self.stream.reveals == "task_id" else None,
+                    task_id=number if self._reveals_task else None,
                     should_stop=self.should_stop,
                 )
                 visit = sum(task.name in p.tasks for p in self.stream.phases[:phase])
@@ -497,7 +532,7 @@ class Loop:
         return True
 
     def _check_purity(self, before: Mapping[str, str]) -> None:
-        after = state_digest(self.agent.state_dict())
+        after = state_digest(self._agent_state())
         changed = [k for k in {**before, **after} if before.get(k) != after.get(k)]
         if changed:
             raise ContractError(
@@ -522,6 +557,10 @@ class Loop:
             "env": None if experience.env is None else experience.env.state_dict(),
         }
 
+    def _agent_state(self) -> dict[str, Any]:
+        with blame(self.agent, "state_dict"):
+            return self.agent.state_dict()
+
     def _checkpoint(self, learn_state: Mapping[str, Any] | None) -> None:
         start = time.perf_counter()
         self.directory.eval.sync()
@@ -532,7 +571,7 @@ class Loop:
                 "fingerprint": self.fingerprint,
                 "agent_name": self.agent_name,
                 "position": dataclasses.asdict(self.position),
-                "agent": self.agent.state_dict(),
+                "agent": self._agent_state(),
                 "global_rng": get_global_state(),
                 "learn": learn_state,
                 "eval_rows": self.directory.eval.rows,
@@ -541,9 +580,23 @@ class Loop:
                 "scores": self.scores,
             },
         )
+        if not self._readable:  # better now than after hours of training
+            self._read_back()
         self._checkpoint_cost = time.perf_counter() - start
         self.timing.checkpoint += self._checkpoint_cost
         self._last_checkpoint = time.monotonic()
+
+    def _read_back(self) -> None:
+        """Refuse an agent whose state could be written but not read again."""
+        try:
+            load_checkpoint(self.directory.checkpoint)
+        except DataError as error:
+            self.directory.checkpoint.unlink()
+            raise ContractError(
+                f"{type(self.agent).__name__}.state_dict() cannot be stored: it may hold only tensors and plain Python "
+                "values (numbers, text, lists, dicts), no NumPy arrays or other objects."
+            ) from error
+        self._readable = True
 
     def _restore(self) -> Mapping[str, Any] | None:
         """Load the checkpoint; returns the state inside a segment, or ``None`` between segments."""
@@ -562,13 +615,14 @@ class Loop:
         self.directory.eval.restart(saved["eval_rows"])
         self.directory.train.restart(saved["train_rows"], saved["train_header"])
         set_global_state(saved["global_rng"])
-        self._purity_checked = True
+        self._purity_checked = self._readable = True
+        self._purge_step = self.position.step + 1  # what a killed process logged beyond the checkpoint
         return saved["learn"] if self.position.inside else None
 
     # -- logs -----------------------------------------------------------------------------------------------------------
 
     def _log(self, metrics: Mapping[str, float], phase: int, log_every: int) -> None:
-        values = {k: float(v) for k, v in metrics.items() if k != "step"}
+        values = {k: _number(v, f"{self.agent_name}.learn yielded {k}") for k, v in metrics.items() if k != "step"}
         position = self.position
         if not values or position.step - position.logged < log_every:
             return
@@ -584,7 +638,7 @@ class Loop:
         if self._writer is None and self.settings.tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.directory.path), purge_step=self.position.step)
+            self._writer = SummaryWriter(str(self.directory.path), purge_step=self._purge_step)
         return self._writer
 
     def _close(self) -> None:
@@ -611,9 +665,16 @@ class Loop:
             "updates": position.past_updates + own["updates"] if "updates" in own else position.updates,
             "samples": position.past_samples + own["samples"] if "samples" in own else None,
             "parameters": None if parameters is None else int(parameters),
-            "state_bytes": state_bytes(self.agent.state_dict()),
+            "state_bytes": state_bytes(self._agent_state()),
             "evaluation_episodes": self.directory.eval.rows,
         }
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ContractError(f"{what}={value!r}; metrics are single numbers.") from error
 
 
 @contextlib.contextmanager
