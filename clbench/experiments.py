@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import signal
 import threading
 import time
@@ -24,7 +25,7 @@ import torch
 import clbench
 from clbench.config import build
 from clbench.contracts import Agent, Reveals, Stream
-from clbench.errors import ClbenchError, ConfigError, ContractError, Interrupted
+from clbench.errors import ClbenchError, ConfigError, ContractError, DataError, Interrupted
 from clbench.loop import Loop, LoopSettings, Unit, blame, check_requirements, experience_unit, phase_records
 from clbench.metrics.continual import compute_metrics
 from clbench.metrics.log import EvalLog, read_eval_csv
@@ -132,7 +133,13 @@ class Resolved:
     @property
     def fingerprint(self) -> str:
         """Changes with everything that changes the result."""
-        plain = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE}
+        resolved = (
+            *FREE,
+            "agent_options",
+            "stream_options",
+            "schedule_options",
+        )  # agent_config and stream say it in full
+        plain = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in resolved}
         return content_hash(
             [
                 plain,
@@ -269,14 +276,29 @@ def _beside(path: Path, config: RunConfig) -> Path:
 def reference_run(
     resolved: Resolved, root: Path, progress: Callable[[Resolved], contextlib.AbstractContextManager[Any]] | None = None
 ) -> EvalLog:
-    """The single-task runs of the same agent and seed, made once and kept under a hash of all they depend on."""
+    """The single-task runs of the same agent and seed, made once and kept under a hash of all they depend on.
+
+    A process that finds another one making them waits for it. Damaged ones are made again.
+    """
     config = dataclasses.replace(
         resolved.config, protocol="independent", schedule="sequential", schedule_options={}, references=False
     )
     alone = dataclasses.replace(resolved, config=config, stream=one_phase_per_task(resolved.stream))
-    path = root / alone.fingerprint
-    _run_in(alone, path, False, progress, None)
+    path = root / content_hash([alone.fingerprint, _source_hash(resolved.agent_class)])
+    try:
+        _run_in(alone, path, False, progress, None, wait=True)
+    except DataError:
+        _run_in(alone, path, True, progress, None, wait=True)
     return read_eval_csv(path / "eval.csv")
+
+
+def _source_hash(agent_class: type[Agent]) -> str:
+    """Changes when the files change that define the agent's class and its bases (an agent under development)."""
+    sources = []
+    for cls in agent_class.__mro__[:-1]:
+        with contextlib.suppress(OSError, TypeError):  # defined in a shell, or built in
+            sources.append(Path(inspect.getfile(cls)).read_text())
+    return content_hash(sources)
 
 
 def _run_in(
@@ -285,9 +307,10 @@ def _run_in(
     overwrite: bool,
     progress: Callable[[Resolved], contextlib.AbstractContextManager[Any]] | None,
     reference: EvalLog | None,
+    wait: bool = False,
 ) -> RunResult:
     directory = RunDirectory(path)
-    directory.open()
+    directory.open(wait)
     try:
         if overwrite:
             directory.clear()
@@ -295,15 +318,17 @@ def _run_in(
         if status is not None:
             _same_configuration(resolved, directory)
         if status == "complete" and directory.checkpoint.exists():
-            results = write_results(resolved, directory, "complete", read_json(directory.results)["cost"], reference)
+            results = read_json(directory.results)
+            if reference is not None:  # which the run may have been made without
+                results = write_results(resolved, directory, "complete", results["cost"], reference)
             return RunResult(path, results, resolved.stream)
         with _stopping() as should_stop:
             loop = _make_loop(resolved, directory, should_stop)
-            if status is None:
-                write_json(directory.stream, resolved.stream.to_dict())
-                write_json(directory.config, _config_record(resolved))
-            start, status = time.perf_counter(), "interrupted"
+            new, start, status = status is None, time.perf_counter(), "interrupted"
             try:
+                if new:
+                    write_json(directory.stream, resolved.stream.to_dict())
+                    write_json(directory.config, _config_record(resolved))
                 with progress(resolved) if progress is not None else contextlib.nullcontext() as bar:
                     if bar is not None:
                         loop.on_progress = bar

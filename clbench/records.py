@@ -51,16 +51,26 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too leaves no half-written file
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        raise unwritable(path, error) from error
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from error
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, atomically; NaN and infinities are refused."""
-    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    """Write ``value`` as JSON, atomically.
+
+    Raises:
+        ConfigError: NaN, infinities, or objects that JSON does not know.
+    """
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"Cannot write {path}: {error}. Use plain values (numbers, text, lists, dicts).") from error
+    write_bytes(path, (text + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
@@ -207,7 +217,7 @@ class GrowingCsv:
         kept: list[list[str]] = []
         if rows:
             try:
-                with self.path.open(newline="") as file:
+                with self.path.open(newline="", encoding="utf-8") as file:
                     reader = csv.DictReader(file)
                     known = reader.fieldnames or ()
                     whole = [row for row, _ in zip(reader, range(rows), strict=False) if None not in row.values()]
@@ -237,7 +247,7 @@ class GrowingCsv:
         csv.writer(text, lineterminator="\n").writerows(rows)
         try:
             if self._file is None:
-                self._file = self.path.open("a", newline="")
+                self._file = self.path.open("a", newline="", encoding="utf-8")
             self._file.write(text.getvalue())
             self._file.flush()
         except OSError as error:
@@ -249,7 +259,7 @@ class GrowingCsv:
         new = [k for k in row if k not in self.header]
         if new:
             self.close()
-            with self.path.open(newline="") as file:
+            with self.path.open(newline="", encoding="utf-8") as file:
                 old = list(csv.reader(file))[1:]
             self.header += new
             self._write_all([r + [""] * len(new) for r in old])
@@ -281,27 +291,42 @@ class RunDirectory:
         self.train = GrowingCsv(path / "train.csv", ("step", "phase"))
         self._lock: Any = None
 
-    def open(self) -> None:
-        """Create the folder and lock it for this process.
+    def open(self, wait: bool = False) -> None:
+        """Create the folder and lock it for this process, where ``wait`` as soon as another one has left it.
 
         Raises:
             ConfigError: the folder cannot be written, or another process works in it.
         """
+        while self._lock is None:
+            self._lock = self._try_lock(wait)
+        for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+
+    def _try_lock(self, wait: bool) -> Any:
+        """The locked file, or ``None`` if the process that had it has deleted it meanwhile."""
+        file = self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a")
+            lock = file.open("a")
+        except FileNotFoundError as error:
+            if wait and self.path.parent.exists():
+                return None
+            raise unwritable(self.path, error) from error
         except OSError as error:
             raise unwritable(self.path, error) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            self._lock = None
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        except BlockingIOError as error:
+            lock.close()
             raise ConfigError(
                 f"Another process is writing to {self.path}; wait for it or choose another --out."
             ) from error
-        for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        lock.close()
+        return None
 
     def close(self) -> None:
         """Close the logs and release the lock; a folder without a run is left without a trace."""
@@ -316,21 +341,15 @@ class RunDirectory:
             self._lock = None
 
     def clear(self) -> None:
-        """Delete the files of an earlier run (only those this class writes)."""
-        for file in (
-            self.config,
-            self.results,
-            self.timing,
-            self.stream,
-            self.checkpoint,
-            self.eval.path,
-            self.train.path,
-            self.path / "rollout.png",
-            self.path / "report.html",
-        ):
+        """Delete the files of an earlier run (only those this class writes).
+
+        The checkpoint goes first and the configuration last: at no moment could what is left be taken for another run.
+        """
+        events = self.path.glob("events.out.tfevents.*")
+        pages = self.path / "rollout.png", self.path / "report.html"
+        logs = self.eval.path, self.train.path
+        for file in (self.checkpoint, self.results, self.timing, *logs, *pages, *events, self.stream, self.config):
             file.unlink(missing_ok=True)
-        for file in self.path.glob("events.out.tfevents.*"):
-            file.unlink()
 
     def status(self) -> str | None:
         """``"complete"``, ``"interrupted"``, or ``None`` for a folder without a run."""
