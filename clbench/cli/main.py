@@ -42,7 +42,10 @@ def _main(arguments: Arguments) -> int:
     traceback = "--traceback" in arguments
     arguments = [a for a in arguments if a != "--traceback"]
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe is known what to do about
+        return code
     except (Interrupted, KeyboardInterrupt):
         _say("Stopped. What was done is saved; give the same command again to go on.")
         return 130
@@ -52,8 +55,13 @@ def _main(arguments: Arguments) -> int:
         _say(textwrap.fill(f"clbench: {error}", width=100, break_long_words=False, break_on_hyphens=False))
         return 2
     except BrokenPipeError:  # the reader of our output went away, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except OSError as error:  # a page that cannot be written
+        if traceback:
+            raise
+        _say(f"clbench: {error}. Choose another path.")
+        return 2
 
 
 def _dispatch(arguments: Arguments) -> int:
@@ -70,7 +78,8 @@ def _dispatch(arguments: Arguments) -> int:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    if sys.stderr is not None:
+        print(text, file=sys.stderr)
 
 
 def _parse(kind: Any, arguments: Arguments, prog: str, description: str) -> Any:
@@ -143,6 +152,8 @@ def _run_arguments(stream: str, agent: str, schedule: str) -> type:
     agent_class, factory = resolve("agents", agent), resolve("streams", stream)
     if not (isinstance(agent_class, type) and issubclass(agent_class, Agent)):
         raise ContractError(f"Agent {agent!r} must be a subclass of clbench.Agent, got {agent_class!r}.")
+    if not dataclasses.is_dataclass(agent_class.Config):
+        raise ContractError(f"Agent {agent!r}: its Config is not a dataclass; decorate it with @dataclass.")
     none = dataclasses.make_dataclass("no_options", [])
     groups = {
         "agent_options": ("agent", agent_class.Config),
@@ -190,7 +201,7 @@ def _argument_help(docstring: str) -> dict[str, str]:
 @contextmanager
 def _progress(resolved: Any) -> Iterator[Callable[..., None] | None]:
     """A progress bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
