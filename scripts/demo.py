@@ -21,8 +21,8 @@ from typing import Any
 SEEDS = (0, 1, 2)
 LARGER = {"hidden": (256, 256, 256), "batch_size": 256}
 RUNS: list[dict[str, Any]] = [
-    {"stream": "two-rooms-doors", "agent": "bc", "budget": 2500, "eval_every": 1250, "agent_options": LARGER},
-    {"stream": "two-rooms-doors", "agent": "random", "budget": 2500, "eval_every": 1250},
+    {"stream": "two-rooms-doors", "agent": "bc", "budget": 1500, "eval_every": 750, "agent_options": LARGER},
+    {"stream": "two-rooms-doors", "agent": "random", "budget": 1500, "eval_every": 750},
     {"stream": "digits-permuted", "agent": "bc", "budget": 450, "eval_every": 90, "references": True},
     {"stream": "digits-permuted", "agent": "bc", "budget": 450, "eval_every": 450, "protocol": "joint"},
     {"stream": "digits-permuted", "agent": "random", "budget": 450, "eval_every": 90},
