@@ -319,7 +319,8 @@ class Loop:
                 self.agent = self._new_agent()
                 self._evaluate_now(phase=index + 1)
             if experience.env is not None:
-                experience.env.reset(seed=derive_seed(self.settings.seed, "stream", "env", position.segment))
+                with blame(f"environment of task {phase.task}", "reset"):
+                    experience.env.reset(seed=derive_seed(self.settings.seed, "stream", "env", position.segment))
             if told:
                 with blame(self.agent, "start_task"):
                     self.agent.start_task(self._task_info(phase))

@@ -328,6 +328,23 @@ def test_an_environment_that_fails_in_evaluation_is_named(tmp_path: Path) -> Non
         clbench.run(stream, toys.Walker, out=tmp_path / "run", tensorboard=False)
 
 
+class WillNotStart(toys.SlowFailures):
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        raise RuntimeError("no display")
+
+
+gymnasium.register("toys/WillNotStart-v0", entry_point=WillNotStart, max_episode_steps=5)
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_an_environment_that_does_not_start_is_named(tmp_path: Path, evaluates: bool) -> None:
+    task = clbench.Task("t", "toys/WillNotStart-v0")
+    stream = clbench.Stream("stuck", (task,), (clbench.Phase("t", 8),))
+    with pytest.raises(ContractError, match="environment .*raised RuntimeError.*no display"):
+        clbench.run(stream, toys.Walker, out=tmp_path / "run", tensorboard=False, evaluate=evaluates)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_stream_that_cannot_be_stored_is_refused(tmp_path: Path) -> None:
     task = clbench.Task("t", "toys/SlowFailures-v0", {"name_of_success": b"is_success"})
     stream = clbench.Stream("bytes", (task,), (clbench.Phase("t", 8),))
