@@ -464,7 +464,8 @@ def write_results(
 ) -> dict[str, Any]:
     """``results.json``: a pure function of ``eval.csv``, the configuration and the deterministic counts.
 
-    It holds no wall times, so that a run that was killed and resumed gives the same file as one that was not.
+    It holds no wall times, and not where it was made (``config.json`` does), so that a run that was killed and resumed
+    gives the same file as one that was not, also on another machine or commit.
     """
     config, stream = resolved.config, resolved.stream
     log = read_eval_csv(directory.eval.path)
@@ -484,7 +485,6 @@ def write_results(
         "matrix": _with_nulls(log.matrix(tasks, stream.phases)),
         "metrics": compute_metrics(log, tasks, stream.phases, reference, protocol=config.protocol),
         "cost": dict(cost),
-        "provenance": read_json(directory.config)["provenance"],  # of the start of the run
     }
     write_json(directory.results, results)
     return results
