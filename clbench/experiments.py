@@ -386,9 +386,9 @@ GRACE_SECONDS = 6.0
 
 @contextlib.contextmanager
 def _stopping() -> Iterator[Callable[[], None]]:
-    """Ctrl-C asks the loop to stop at the next yield; if that takes too long (or at a second Ctrl-C) it stops at once.
+    """Ctrl-C (or SIGTERM, as a cluster sends it) asks the loop to stop at the next yield.
 
-    Stopping at once loses only what was done since the last checkpoint.
+    If that takes too long, or at a second Ctrl-C, it stops at once, which loses only what was done since the last checkpoint.
     """
     asked = threading.Event()
 
@@ -409,15 +409,16 @@ def _stopping() -> Iterator[Callable[[], None]]:
     def on_alarm(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    old = signal.signal(signal.SIGINT, on_interrupt), signal.signal(signal.SIGALRM, on_alarm)
+    handlers = {signal.SIGINT: on_interrupt, signal.SIGTERM: on_interrupt, signal.SIGALRM: on_alarm}
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield should_stop
     except KeyboardInterrupt as stop:
         raise Interrupted("Stopped by the user.") from stop
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGINT, old[0])
-        signal.signal(signal.SIGALRM, old[1])
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 # -- result files --------------------------------------------------------------------------------------------------------
@@ -485,6 +486,7 @@ def write_results(
         "matrix": _with_nulls(log.matrix(tasks, stream.phases)),
         "metrics": compute_metrics(log, tasks, stream.phases, reference, protocol=config.protocol),
         "cost": dict(cost),
+        "provenance": read_json(directory.config).get("provenance"),  # of the start: the same after a resume elsewhere
     }
     write_json(directory.results, results)
     return results

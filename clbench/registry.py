@@ -14,10 +14,11 @@ import importlib.metadata
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from clbench.errors import ConfigError, MissingExtraError, UnknownNameError, unknown_name
+from clbench.errors import ClbenchError, ConfigError, ContractError, MissingExtraError, UnknownNameError, unknown_name
 
 # kind -> the table of our own entries, itself "module:attribute" so that a listing imports only light modules
 TABLES: dict[str, str] = {
@@ -88,6 +89,7 @@ def load_object(target: str) -> Any:
     Raises:
         UnknownNameError: the module or the attribute does not exist.
         MissingExtraError: the module needs a package that is not installed.
+        ContractError: the module raises an exception while it is imported.
     """
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute or module_name.startswith("."):
@@ -98,8 +100,6 @@ def load_object(target: str) -> Any:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except MissingExtraError:
-        raise
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise UnknownNameError(
@@ -109,6 +109,12 @@ def load_object(target: str) -> Any:
         raise MissingExtraError(
             f"{module_name!r} needs the package {error.name!r}, which is not installed: `pip install {error.name}`."
         ) from error
+    except ClbenchError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, SyntaxError) else f" at {frame.filename}:{frame.lineno}"
+        raise ContractError(f"Importing {module_name!r} failed with {type(error).__name__}{where}: {error}") from error
     finally:
         if added:
             sys.path.remove(here)

@@ -34,7 +34,8 @@ Give a verb and --help for its options."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script. Plug-ins in the current folder can import each other, as with ``python -m``."""
+    sys.path.append(os.getcwd())
     sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
 
 

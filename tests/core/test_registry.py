@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import clbench.registry as registry
-from clbench.errors import ConfigError, MissingExtraError, UnknownNameError
+from clbench.errors import ConfigError, ContractError, MissingExtraError, UnknownNameError
 from clbench.registry import KINDS, Entry, entries, load_object, register, resolve
 
 ENTRIES = [(kind, name) for kind in KINDS for name in entries(kind)]
@@ -121,8 +121,15 @@ def test_a_missing_extra_keeps_its_own_sentence(folder: Path) -> None:
 
 def test_errors_inside_a_plug_in_are_not_hidden(folder: Path) -> None:
     (folder / "broken_plugin.py").write_text("1 / 0\n")
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(
+        ContractError, match=r"Importing 'broken_plugin' failed with ZeroDivisionError at .*plugin.py:1"
+    ):
         load_object("broken_plugin:Agent")
+    (folder / "unreadable_plugin.py").write_text("def learn(:\n")
+    with pytest.raises(
+        ContractError, match=r"failed with SyntaxError: invalid syntax \(unreadable_plugin.py, line 1\)"
+    ):
+        load_object("unreadable_plugin:Agent")
 
 
 # -- registration --------------------------------------------------------------------------------------------------------

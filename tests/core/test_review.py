@@ -190,13 +190,18 @@ def test_a_complete_run_keeps_its_forward_transfer_when_asked_without_references
     assert again.results == made.results == json.loads((tmp_path / "runs" / "a" / "results.json").read_text())
 
 
-def test_results_do_not_depend_on_where_they_were_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Someone commits between the run and its comparison: the configuration tells, the results are the same."""
-    run(tmp_path / "here")
-    monkeypatch.setattr(experiments, "provenance", lambda: {"git": "another commit", "cpu": "another machine"})
-    run(tmp_path / "there")
-    contents = [[(tmp_path / d / f).read_bytes() for d in ("here", "there")] for f in ("results.json", "config.json")]
-    assert contents[0][0] == contents[0][1] and contents[1][0] != contents[1][1]
+def test_results_say_where_the_run_began_also_after_a_resume_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Someone commits while the run is stopped: the commit of the start stands, and the bytes are the same."""
+    run(tmp_path / "whole")
+    stop_once_at(tmp_path / "stopped", 50)
+    monkeypatch.setattr(experiments, "provenance", lambda: {"git": "another commit"})
+    run(tmp_path / "stopped")
+    whole, stopped = ((tmp_path / d / "results.json").read_bytes() for d in ("whole", "stopped"))
+    assert whole == stopped
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert json.loads(whole)["provenance"] == config["provenance"]
 
 
 def test_defaults_in_full_or_left_out_are_the_same_run(tmp_path: Path) -> None:
