@@ -388,7 +388,7 @@ GRACE_SECONDS = 6.0
 def _stopping() -> Iterator[Callable[[], None]]:
     """Ctrl-C (or SIGTERM, as a cluster sends it) asks the loop to stop at the next yield.
 
-    If that takes too long, or at a second Ctrl-C, it stops at once, which loses only what was done since the last checkpoint.
+    If that takes too long, or at a second Ctrl-C, it stops at once and loses what was done since the last checkpoint.
     """
     asked = threading.Event()
 
