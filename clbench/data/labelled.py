@@ -11,6 +11,7 @@ import gzip
 import json
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -118,9 +119,12 @@ def _digits() -> Labelled:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):  # the name alone does not make it an archive
+            raise ValueError("it holds a single array, as numpy.save writes it")
+        with archive:
             return {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         message = f"{path} cannot be read as a .npz file of plain arrays ({error}); write it with numpy.savez."
         raise DataError(message) from error
 
@@ -139,7 +143,7 @@ def _read_idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes: big-endian magic ``0x0000080d`` (d dimensions), d sizes, then the data."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be unpacked ({error}); copy the file again.") from error
     dimensions = raw[3] if len(raw) >= 4 and raw[:3] == b"\x00\x00\x08" else 0
     if dimensions not in (1, 2, 3) or len(raw) < 4 + 4 * dimensions:
@@ -165,6 +169,8 @@ def _from_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> Labelled:
         return Labelled(x, y, torch.arange(n), torch.arange(n, len(x)))
     if "x" in arrays and "y" in arrays:
         x, y = _pair(arrays, "x", "y", path)
+        if len(x) < 5:
+            raise DataError(f"{path} has {len(x)} rows; every fifth is a test example, so give at least 5.")
         is_test = torch.arange(len(x)) % 5 == 4
         return Labelled(x, y, (~is_test).nonzero()[:, 0], is_test.nonzero()[:, 0])
     raise DataError(f"{path} holds the arrays {sorted(arrays)}, expected {list(IDX_FILES)}, or x and y.")

@@ -160,3 +160,24 @@ def test_npz_of_objects_is_not_unpickled(tmp_path):
     (tmp_path / "f.npz").write_bytes((tmp_path / "e.npz").read_bytes()[:50])
     with pytest.raises(DataError, match="cannot be read as a .npz file"):
         load_source(str(tmp_path / "f.npz"))
+
+
+def test_damage_below_the_container_is_one_sentence(tmp_path, idx_folder):
+    images = idx_folder / IDX_FILES["x_train"]
+    images.rename(idx_folder / "kept")
+    header = gzip.compress(b"")[:10]
+    (idx_folder / f"{images.name}.gz").write_bytes(header + b"\xff" * 20)  # no valid deflate block
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        load_source(str(idx_folder))
+    with (tmp_path / "single.npz").open("wb") as file:
+        np.save(file, np.zeros((9, 2)))
+    with pytest.raises(DataError, match="holds a single array"):
+        load_source(str(tmp_path / "single.npz"))
+
+
+def test_a_file_too_small_to_be_split_is_refused(tmp_path):
+    for rows in (4, 5):
+        np.savez(tmp_path / f"{rows}.npz", x=np.zeros((rows, 2), np.float32), y=np.arange(rows) % 2)
+    assert load_source(str(tmp_path / "5.npz")).test.tolist() == [4]
+    with pytest.raises(DataError, match="4 rows.*at least 5"):
+        load_source(str(tmp_path / "4.npz"))
