@@ -175,7 +175,8 @@ class ClassifyVectorEnv(gymnasium.vector.VectorEnv):
     def _given(self, index: Any, mask: Tensor) -> Tensor:
         rows = torch.as_tensor(index, device=self.device)
         n = len(self.examples.labels)
-        if rows.is_floating_point() or bool((mask & ((rows < 0) | (rows >= n))).any()):
+        whole = not rows.is_floating_point() and rows.dtype != torch.bool and rows.shape == mask.shape
+        if not whole or bool((mask & ((rows < 0) | (rows >= n))).any()):
             raise ConfigError(f"Classify: the option 'index' must hold row numbers in 0 .. {n - 1}, got {index!r}.")
         return rows
 

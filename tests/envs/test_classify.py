@@ -226,7 +226,7 @@ def test_bad_options(options, message):
 
 def test_bad_resets_and_actions():
     env = ClassifyVectorEnv(2)
-    for index in ([0, 1797], [-1, 0], [0.5, 1.0]):
+    for index in ([0, 1797], [-1, 0], [0.5, 1.0], [[0], [1]], [True, False]):
         with pytest.raises(ConfigError, match=r"row numbers in 0 .. 1796"):
             env.reset(options={"index": index})
     with pytest.raises(ConfigError, match=r"unknown reset options \['indx'\]"):
