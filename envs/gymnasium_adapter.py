@@ -205,7 +205,12 @@ class GymnasiumVectorEnv:
         space = self.envs[0].action_space
         if isinstance(space, spaces.Discrete):
             return space.start + space.dtype.type(action)  # type: ignore[union-attr]
-        return action.astype(space.dtype)
+        if not isinstance(space, spaces.Box) or space.dtype == np.float32:
+            return action.copy()  # the stored one must stay as it is, for the replay
+        # a bound that is no float32 number may have been rounded outwards: it stands for the bound itself
+        ours: spaces.Box = self.single_action_space  # type: ignore[assignment]
+        at_low, at_high = action == ours.low, action == ours.high
+        return np.where(at_low, space.low, np.where(at_high, space.high, action)).astype(space.dtype)
 
     def _checked(self, obs: Any, i: int) -> Any:
         """A copy of the observation as arrays of the declared types."""

@@ -346,6 +346,17 @@ def test_box_actions_reach_the_environment_in_its_own_type():
         env.step(torch.zeros(2))
 
 
+@pytest.mark.parametrize("bound", [0.4, -0.4])
+def test_bounds_that_float32_rounds_outwards_stay_inside(bound):
+    space = spaces.Box(-0.4, 0.4, (2,), np.float64)
+    assert not space.contains(np.full(2, np.float32(bound), np.float64)), "the rounded number is outside"
+    env, _ = toy(action_space=space)
+    env.step(torch.full((2, 2), bound))
+    assert space.contains(env.envs[0].actions[0]) and env.envs[0].actions[0].tolist() == [bound, bound]
+    env.step(torch.full((2, 2), 0.1))
+    assert env.envs[0].actions[1].tolist() == [float(np.float32(0.1))] * 2, "nothing else is moved"
+
+
 def test_nan_names_environment_and_row():
     with pytest.raises(ContractError, match="toy: the observation of row 0 holds NaN"):
         toy(values=np.array([0.0, np.nan]))
@@ -384,3 +395,19 @@ def test_render():
     assert frames.shape[0] == 2 and frames.shape[-1] == 3 and frames.dtype == np.uint8 and frames.std() > 0
     with pytest.raises(ContractError, match="toy has no render mode 'rgb_array'"):
         toy()[0].render()
+
+
+class Greedy(Noise):
+    """Writes into the action it is given."""
+
+    def step(self, action):
+        action *= 2
+        return super().step(action)
+
+
+def test_an_environment_that_changes_its_action_does_not_change_the_replay():
+    env = GymnasiumVectorEnv(Greedy, 2)
+    env.reset(seed=0)
+    actions = torch.full((2, 2), 0.25)
+    env.step(actions)
+    assert env.state_dict()["actions"].eq(0.25).all() and actions.eq(0.25).all()
