@@ -195,7 +195,7 @@ def test_results_say_where_the_run_began_also_after_a_resume_elsewhere(
 ) -> None:
     """Someone commits while the run is stopped: the commit of the start stands, and the bytes are the same."""
     run(tmp_path / "whole")
-    stop_once_at(tmp_path / "stopped", 50)
+    stop_once_at(tmp_path / "stopped", 5)
     monkeypatch.setattr(experiments, "provenance", lambda: {"git": "another commit"})
     run(tmp_path / "stopped")
     whole, stopped = ((tmp_path / d / "results.json").read_bytes() for d in ("whole", "stopped"))
