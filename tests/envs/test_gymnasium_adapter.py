@@ -406,7 +406,7 @@ class Greedy(Noise):
 
 
 def test_an_environment_that_changes_its_action_does_not_change_the_replay():
-    env = GymnasiumVectorEnv(Greedy, 2)
+    env = GymnasiumVectorEnv(lambda: Greedy(action_space=spaces.Box(-1, 1, (2,), np.float32)), 2)
     env.reset(seed=0)
     actions = torch.full((2, 2), 0.25)
     env.step(actions)
