@@ -104,12 +104,16 @@ def number(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _interval_cell(interval: Interval) -> str:
+def _interval_cell(interval: Interval, runs: int | None = None) -> str:
+    """Value and interval; where only some of ``runs`` have the value, how many."""
     if interval.value is None:
         return '<td class="empty">\N{EN DASH}</td>'
     if interval.low is None or interval.high is None:
-        return f'<td>{number(interval.value)}<span class="ci">one run</span></td>'
-    return f'<td>{number(interval.value)}<span class="ci">{number(interval.low)} to {number(interval.high)}</span></td>'
+        notes = ["one run"]
+    else:
+        notes = [f"{number(interval.low)} to {number(interval.high)}"]
+    notes += [f"{interval.n} of {runs} runs"] if runs is not None and interval.n < runs else []
+    return f"<td>{number(interval.value)}{''.join(_tag('span', n, class_='ci') for n in notes)}</td>"
 
 
 def _metric_title(metric: str) -> str:
@@ -289,7 +293,7 @@ def _metric_cell(group: Group, label: str, metric: str) -> str:
     if metric == "forward_transfer" and interval.value is None and reasons:
         why = "no reference runs" if reasons[0].startswith("Forward transfer needs") else "not defined"
         return f'<td class="empty" title="{escape(reasons[0])}">\N{EN DASH}<span class="ci">{why}</span></td>'
-    return _interval_cell(interval)
+    return _interval_cell(interval, len(group.agents.get(label, ())))
 
 
 def _defined(group: Group, metric: str) -> bool:
@@ -300,9 +304,7 @@ def _more_metrics(group: Group) -> str:
     more = [m for m in MORE if _defined(group, m)]
     if not more:
         return ""
-    rows = [
-        (escape(label), *(_interval_cell(metric_interval(group, label, m)) for m in more)) for label in group.labels
-    ]
+    rows = [(escape(label), *(_metric_cell(group, label, m) for m in more)) for label in group.labels]
     table = _table(("Agent", *(_metric_title(m) for m in more)), rows)
     return f"<details><summary>More metrics</summary>{table}</details>"
 
@@ -350,7 +352,7 @@ def _comparison_row(c: Comparison, shown: Sequence[str]) -> tuple[str, ...]:
         f"{escape(c.first)} \N{MINUS SIGN} {escape(c.second)}",
         str(len(c.seeds)),
         "\N{EN DASH}" if c.improvement is None else f"{c.improvement:.2f}",
-        *(_interval_cell(c.differences.get(m, empty)) for m in shown),
+        *(_interval_cell(c.differences.get(m, empty), len(c.seeds)) for m in shown),
     )
 
 

@@ -26,7 +26,7 @@ def _group_table(group: Group) -> str:
     for label in group.labels:
         n, failed = len(group.agents.get(label, ())), len(group.excluded.get(label, ()))
         runs = f"{n} ({failed} failed)" if failed else str(n)
-        rows.append((label, runs, *(interval_text(metric_interval(group, label, m)) for m in MAIN)))
+        rows.append((label, runs, *(interval_text(metric_interval(group, label, m), n) for m in MAIN)))
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
@@ -34,10 +34,11 @@ def _group_table(group: Group) -> str:
     return "\n".join([f"**{group.title}**", "", lines[0], rule, *lines[1:]])
 
 
-def interval_text(interval: Interval) -> str:
-    """``0.71 [0.65, 0.77]``; ``-`` for what is not defined."""
+def interval_text(interval: Interval, runs: int | None = None) -> str:
+    """``0.71 [0.65, 0.77]``; ``-`` for what is not defined; ``(2 of 3 runs)`` where some of ``runs`` lack the value."""
     if interval.value is None:
         return "-"
-    if interval.low is None or interval.high is None:
-        return f"{interval.value:.2f}"
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    text = f"{interval.value:.2f}"
+    if interval.low is not None and interval.high is not None:
+        text += f" [{interval.low:.2f}, {interval.high:.2f}]"
+    return text + (f" ({interval.n} of {runs} runs)" if runs is not None and interval.n < runs else "")

@@ -136,7 +136,10 @@ def _load(path: Path) -> Run:
     results = read_json(path / "results.json") if (path / "results.json").exists() else {}
     finished = finished_phases(log, phases)
     protocol = str(config.get("protocol", "sequential"))
-    reference = _find_reference(path, config, tasks, phases) if protocol == "sequential" else None
+    stream = _optional_json(path / "stream.json")
+    references = _find_references(path, record, stream, phases) if protocol == "sequential" else []
+    # several that differ: of other versions of the agent's code, say. None of them is known to be the right one.
+    reference = references[0][1] if references and all(log == references[0][1] for _, log in references) else None
     return Run(
         path=path,
         config={"agent": config["agent"], "seed": int(config["seed"]), "stream": config["stream"], **config},
@@ -149,10 +152,10 @@ def _load(path: Path) -> Run:
         finished=finished,
         problem=_problem(results, log, finished, len(phases)),
         metrics=compute_metrics(log, tasks, phases, reference, protocol=protocol),
-        no_transfer=_why_no_transfer(log, tasks, phases, reference, protocol),
+        no_transfer=_why_no_transfer(log, tasks, phases, references, protocol),
         cost=dict(results.get("cost", {})),
         timing=_optional_json(path / "timing.json"),
-        stream=_optional_json(path / "stream.json"),
+        stream=stream,
     )
 
 
@@ -175,10 +178,21 @@ def _problem(results: Mapping[str, Any], log: EvalLog, finished: int, phases: in
 
 
 def _why_no_transfer(
-    log: EvalLog, tasks: Sequence[str], phases: Sequence[Phase], reference: EvalLog | None, protocol: str
+    log: EvalLog,
+    tasks: Sequence[str],
+    phases: Sequence[Phase],
+    references: Sequence[tuple[Path, EvalLog]],
+    protocol: str,
 ) -> str | None:
     if protocol != "sequential":
         return f"Forward transfer is not defined for the protocol {protocol}."
+    reference = references[0][1] if references else None
+    other = next((path for path, log in references if log != reference), None)
+    if other is not None:
+        return (
+            f"The reference runs {references[0][0].name} and {other.name} in {other.parent} both fit but differ (the "
+            "agent's code changed in between?); delete the outdated one."
+        )
     try:
         forward_transfer(log, tasks, phases, reference)
     except DataError as error:
@@ -192,27 +206,44 @@ def _why_no_transfer(
 _REFERENCE_DIFFERS = ("protocol", "schedule", "schedule_options", "references", "checkpoint_seconds", "tensorboard")
 
 
-def _find_reference(
-    path: Path, config: Mapping[str, Any], tasks: Sequence[str], phases: Sequence[Phase]
-) -> EvalLog | None:
-    """The log of the single-task run of the same agent and seed, from a ``references`` cache in or above the run."""
-    wanted = _comparable(config)
+def _find_references(
+    path: Path, record: Mapping[str, Any], stream: Mapping[str, Any], phases: Sequence[Phase]
+) -> list[tuple[Path, EvalLog]]:
+    """The complete single-task runs of the same agent, seed, tasks and versions, and their logs.
+
+    They are looked for in the nearest ``references`` cache in or above the run that holds any.
+    """
     budgets: dict[str, int] = {}
     for phase in phases:
         for name in phase.tasks:
             budgets.setdefault(name, phase.budget)
     absolute = path.resolve()
     for folder in [absolute, *list(absolute.parents)[:4]]:
+        found = []
         for file in sorted((folder / REFERENCES).glob("*/config.json")):
             try:
-                record = json.loads(file.read_text())
-                there = {p["task"]: p["budget"] for p in record["phases"]}
-                same = record["config"]["protocol"] == "independent" and _comparable(record["config"]) == wanted
-                if same and there == budgets and list(record["tasks"]) == list(tasks):
-                    return read_eval_csv(file.with_name("eval.csv"))
-            except (OSError, ValueError, KeyError, TypeError, DataError):
+                if _fits(file.parent, record, stream, budgets):
+                    found.append((file.parent, read_eval_csv(file.with_name("eval.csv"))))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
                 continue  # an unreadable cache entry is no reference
-    return None
+        if found:
+            return found
+    return []
+
+
+def _fits(folder: Path, record: Mapping[str, Any], stream: Mapping[str, Any], budgets: Mapping[str, int]) -> bool:
+    """Whether a run is a complete reference of the run with this record, stream and budgets of first visits."""
+    other = json.loads((folder / "config.json").read_text())
+    if other["config"]["protocol"] != "independent" or _comparable(other["config"]) != _comparable(record["config"]):
+        return False
+    versions = [{k: r.get("provenance", {}).get(k) for k in ("clbench", "torch")} for r in (record, other)]
+    return (
+        {p["task"]: p["budget"] for p in other["phases"]} == budgets
+        and list(other["tasks"]) == list(record["tasks"])
+        and versions[0] == versions[1]
+        and _optional_json(folder / "stream.json").get("tasks") == stream.get("tasks")
+        and json.loads((folder / "results.json").read_text())["status"] == "complete"
+    )
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:

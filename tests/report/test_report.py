@@ -196,6 +196,55 @@ def test_forward_transfer_appears_with_the_cached_reference(write_run):
     assert found.no_transfer is None
 
 
+def test_a_reference_must_be_complete_and_of_the_same_tasks_and_versions(write_run):
+    run = write_run("runs/toy/bc/seed-0")
+    right = write_run("runs/references/right", protocol="independent")
+    record, results = ((right / f"{name}.json").read_text() for name in ("config", "results"))
+    assert load_run(run).metrics["forward_transfer"] is not None
+
+    def without(name, content):
+        before = (right / name).read_text() if (right / name).exists() else None
+        (right / name).write_text(json.dumps(content))
+        answer = load_run(run)
+        (right / name).unlink() if before is None else (right / name).write_text(before)
+        assert answer.no_transfer.startswith("Forward transfer needs")
+        return answer.metrics["forward_transfer"]
+
+    newer = {**json.loads(record)["provenance"], "torch": "99.0"}
+    assert without("config.json", json.loads(record) | {"provenance": newer}) is None
+    assert without("results.json", json.loads(results) | {"status": "interrupted"}) is None
+    assert without("stream.json", {"tasks": [{"name": "left", "env_kwargs": {"wall_x": 1.0}}]}) is None
+    assert load_run(run).metrics["forward_transfer"] is not None
+
+
+def test_references_that_fit_but_differ_are_not_chosen_between(write_run):
+    run = write_run("runs/toy/bc/seed-0")
+    write_run("runs/references/new", protocol="independent")
+    write_run("runs/references/same", protocol="independent")
+    assert load_run(run).metrics["forward_transfer"] is not None, "equal ones are no problem"
+    # the agent's code was another one: it learns in fewer evaluations
+    old = write_run("runs/references/old", protocol="independent")
+    text = (old / "eval.csv").read_text().splitlines()
+    (old / "eval.csv").write_text("\n".join([text[0], *(re.sub(r"0\.\d+", "1.0", line) for line in text[1:])]) + "\n")
+    found = load_run(run)
+    assert isinstance(found, Run)
+    assert found.metrics["forward_transfer"] is None
+    assert found.no_transfer is not None and "both fit but differ" in found.no_transfer
+
+
+def test_a_mean_over_some_of_the_runs_says_so(write_run, tmp_path):
+    for seed in range(3):
+        write_run(f"runs/toy/bc/seed-{seed}", seed=seed)
+        if seed < 2:
+            write_run(f"runs/references/r{seed}", protocol="independent", seed=seed)
+    paths = find_runs([tmp_path / "runs"])
+    page = Checker(write_report(paths, tmp_path / "r.html").read_text()).text
+    assert page.count("2 of 3 runs") == 2, "forward transfer, normalised and not; nothing else"
+    assert report_markdown(paths).count("(2 of 3 runs)") == 1
+    write_run("runs/references/r2", protocol="independent", seed=2)
+    assert "of 3 runs" not in write_report(paths, tmp_path / "r.html").read_text()
+
+
 def test_paired_differences_use_common_seeds_only(write_run, tmp_path):
     for seed in range(3):
         write_run(f"a{seed}", agent="bc", seed=seed)
