@@ -26,7 +26,14 @@ from clbench.envs.concat import concat
 from clbench.envs.make import make_env
 from clbench.errors import ClbenchError, ConfigError, ContractError, DataError, Interrupted
 from clbench.evaluate import check_actions, evaluate, plugin_error
-from clbench.records import RunDirectory, load_checkpoint, save_checkpoint, state_bytes, state_digest
+from clbench.records import (
+    RunDirectory,
+    changed_entries,
+    load_checkpoint,
+    save_checkpoint,
+    state_bytes,
+    state_digest,
+)
 from clbench.rng import derive_seed, get_global_state, sealed_global_rng, seed_global, set_global_state, torch_generator
 
 Unit = Literal["updates", "env_steps"]
@@ -533,8 +540,7 @@ class Loop:
         return True
 
     def _check_purity(self, before: Mapping[str, str]) -> None:
-        after = state_digest(self._agent_state())
-        changed = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+        changed = changed_entries(before, state_digest(self._agent_state()))
         if changed:
             raise ContractError(
                 f"Evaluation changed the agent {self.agent_name!r} (first changed entry of state_dict: {changed[0]!r}); "
@@ -588,9 +594,23 @@ class Loop:
         self._last_checkpoint = time.monotonic()
 
     def _read_back(self) -> None:
-        """Refuse an agent whose state could be written but not read again."""
+        """Refuse an agent whose state could be written but not read again, or not by a new agent."""
         try:
-            load_checkpoint(self.directory.checkpoint)
+            saved = load_checkpoint(self.directory.checkpoint)["agent"]
+            with sealed_global_rng():
+                twin = self._new_agent()
+                with blame(twin, "load_state_dict"):
+                    twin.load_state_dict(saved)
+                with blame(twin, "state_dict"):
+                    lost = changed_entries(state_digest(saved), state_digest(twin.state_dict()))
+            if lost:
+                raise ContractError(
+                    f"{type(twin).__name__}.load_state_dict does not restore the entry {lost[0]!r} of state_dict; a "
+                    "run that was stopped could not go on from its checkpoint."
+                )
+        except ContractError:
+            self.directory.checkpoint.unlink()
+            raise
         except DataError as error:
             self.directory.checkpoint.unlink()
             raise ContractError(

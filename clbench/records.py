@@ -137,6 +137,11 @@ def state_digest(state: Any) -> dict[str, str]:
     return digests
 
 
+def changed_entries(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Entries that differ between two digests of :func:`state_digest`."""
+    return [k for k in {**before, **after} if before.get(k) != after.get(k)]
+
+
 def state_bytes(state: Any) -> int:
     """Bytes of all tensors in a state."""
     import torch

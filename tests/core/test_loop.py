@@ -403,6 +403,27 @@ class TestWrongPlugins:
         with pytest.raises(ConfigError, match="spaces change within stream 'changing': task 'size-2'"):
             run(tmp_path / "run", toys.Walker, "toys:changing_spaces")
 
+    def test_a_state_that_a_new_agent_cannot_load_is_refused_before_training(self, tmp_path: Path) -> None:
+        class MissingKey(toys.Linear):
+            def state_dict(self):
+                return {"told": list(self.told)}
+
+        with pytest.raises(ContractError, match=r"MissingKey.load_state_dict raised KeyError at .*toys.py:\d+: 'w'"):
+            run(tmp_path / "missing", MissingKey)
+
+        class NotRestored(toys.Linear):
+            seen = 0
+
+            def start_task(self, task):
+                self.seen += 1
+
+            def state_dict(self):
+                return {**super().state_dict(), "seen": self.seen}
+
+        with pytest.raises(ContractError, match="NotRestored.load_state_dict does not restore the entry 'seen'"):
+            run(tmp_path / "lost", NotRestored, evaluate=False)
+        assert not (tmp_path / "missing").exists() and not (tmp_path / "lost").exists()
+
     def test_a_step_beyond_the_budget(self, tmp_path: Path) -> None:
         class TooFar(toys.Linear):
             def learn(self, experience, budget, *, rng):
