@@ -283,9 +283,15 @@ def _group_key(run: Run) -> dict[str, Any]:
         "budget": sum(p.budget for p in run.phases),
         "eval_every": config.get("eval_every"),
         "tasks": list(run.tasks),
+        "kinds": [_kind(task) for task in run.stream.get("tasks", ())],
         "stream_options": dict(config.get("stream_options") or {}),
         "schedule_options": dict(config.get("schedule_options") or {}),
     }
+
+
+def _kind(task: Mapping[str, Any]) -> list[Any]:
+    """What the scores of a task mean: they compare across seeds only if this is equal (what a seed draws may differ)."""
+    return [task.get("env_id"), task.get("metric"), len(task.get("evaluation", {}).get("seeds", ()))]
 
 
 def _group(members: Sequence[Run]) -> Group:

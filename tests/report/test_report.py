@@ -156,6 +156,24 @@ def test_what_is_not_comparable_is_apart(write_run, tmp_path):
     assert [len(g.runs) for g in groups_of(find_runs([tmp_path]))] == [1] * 5
 
 
+def test_tasks_that_are_scored_otherwise_are_apart(write_run, tmp_path):
+    def task(episodes, kind, permutation):
+        return {
+            "name": "left",
+            "env_id": "e",
+            "env_kwargs": {"permutation": permutation},
+            "metric": {"kind": kind, "low": 0.0, "high": 1.0},
+            "evaluation": {"seeds": list(range(episodes))},
+        }
+
+    listed = [task(4, "success", 1), task(4, "success", 2), task(9, "success", 1), task(4, "return", 1)]
+    for seed, own in enumerate(listed):
+        path = write_run(f"{seed}", seed=seed)
+        (path / "stream.json").write_text(json.dumps({"tasks": [own]}))
+    sizes = sorted(len(group.runs) for group in groups_of(find_runs([tmp_path])))
+    assert sizes == [1, 1, 2], "only what the seed draws may differ"
+
+
 def test_configurations_of_one_agent_are_told_apart(write_run, tmp_path):
     write_run("a", seed=0, agent_options={"lr": 0.1, "width": 64})
     write_run("b", seed=0, agent_options={"lr": 0.2, "width": 64})
