@@ -7,6 +7,9 @@ Each row is one measurement::
 ``value`` is environment steps (frames) per second. The limit is the memory: a step (frame) must at least be written, so
 with a bandwidth of ``w`` bytes per second, measured by a large copy in the same process, ``w / bytes`` is the most.
 ``ratio_to_limit`` is that limit divided by ``value``: 1 is as fast as memory allows, 10 is ten times slower.
+
+The single environments are the same code with one row each (:class:`TwoRoomsEnv`), so those rows measure mostly what a
+call costs, not what the fastest scalar program could do.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ UNITS = {"state": "steps/s", "pixels": "frames/s"}
 # what a step must write: the observation, the reward and the two flags
 BYTES = {"state": 2 * 4 + 4 + 2, "pixels": 2 * SIZE * SIZE + 4 + 2}
 COPY_BYTES = 256 * 2**20
-FEW = 16  # environments in the loop and in the worker processes; the rate does not depend on their number
-WORKERS = 2
+FEW = 16  # environments in the loop; the rate does not depend on their number
+WORKERS = 2  # processes of ``AsyncVectorEnv``, one environment in each
 
 
 def bench_envs(num_envs: int = 4096, device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:

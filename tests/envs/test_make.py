@@ -252,3 +252,14 @@ def test_one_seed_per_row_is_the_seed_of_the_episode():
 def test_bad_seeds(seed):
     with pytest.raises(ConfigError, match="seed must be a whole number >= 0"):
         make_env("clbench/Classify-v0", 2).reset(seed=seed)
+
+
+@pytest.mark.parametrize(("env_id", "length"), [("clbench/TwoRooms-v0", 200), ("clbench/Classify-v0", 1)])
+def test_gymnasiums_own_wrappers_work_on_single_environments(env_id, length):
+    env = gymnasium.make_vec(env_id, num_envs=2, vectorization_mode="sync")
+    env = gymnasium.wrappers.vector.RecordEpisodeStatistics(env)
+    env.reset(seed=0)
+    still = np.zeros_like(env.action_space.sample())
+    infos = [env.step(still)[4] for _ in range(length)]
+    assert infos[-1]["episode"]["l"].tolist() == [length] * 2
+    assert not any("episode" in info for info in infos[:-1])
