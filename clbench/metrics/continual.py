@@ -22,7 +22,7 @@ import numpy as np
 
 from clbench.contracts import Phase
 from clbench.errors import DataError
-from clbench.metrics.log import EvalLog, finished_phases, matrix, score_table
+from clbench.metrics.log import EvalLog, finished_phases, matrix, phase_ends, score_table
 
 AUC_HEADROOM = 0.05
 """Smallest denominator of forward transfer; without it a good reference makes the ratio explode."""
@@ -218,20 +218,17 @@ def forward_transfer(
     finished = finished_phases(log, phases)
     first = find_visits(tasks, phases[:finished]).first
     names = tuple(t for t, i in zip(tasks, first, strict=True) if i > 0)
+    ends = phase_ends(log, phases)
     auc, ref = [], []
     for name, i in ((t, int(i)) for t, i in zip(tasks, first, strict=True) if i > 0):
         budget = phases[i - 1].budget
-        auc.append(_area(log, _phase_points(log, name, i), name, budget))
+        auc.append(_area(log, _phase_points(log, name, i, ends[i - 1]), name, budget))
         ref.append(_area(reference, _reference_points(reference, name), name, budget))
     return Transfer(names, np.array(auc), np.array(ref))
 
 
-def _phase_points(log: EvalLog, task: str, phase: int) -> list[tuple[int, float]]:
-    """(steps since the start of the phase, score): the end of the phase before, then all evaluations inside."""
-    before = [e.step for e in log.evaluations if e.phase == phase - 1]
-    if not before:
-        return []
-    start = max(before)
+def _phase_points(log: EvalLog, task: str, phase: int, start: int) -> list[tuple[int, float]]:
+    """(steps since the ``start`` of the phase, score): the end of the phase before, then all evaluations inside."""
     # A log that evaluates again at the start of the phase (same step) must not count that instant twice.
     points = {
         e.step - start: e.mean

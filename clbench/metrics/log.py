@@ -209,31 +209,43 @@ def matrix(log: EvalLog, tasks: Sequence[str], phases: int | Sequence[Phase]) ->
     """The performance matrix ``R`` (P+1, T): row 0 before training, row i at the last evaluated step of phase i.
 
     Entries are means over episodes, NaN where the task was not evaluated (completely) at that step. Given the phases
-    themselves and not only their number, rows of phases that did not finish are NaN too (see :func:`finished_phases`).
+    themselves and not only their number, rows of phases that did not finish, or whose end was not evaluated, are NaN too
+    (see :func:`finished_phases`): a score from the middle of a phase is not the one at its end.
     """
     table = score_table(log, tasks)
     count, finished = (phases, phases) if isinstance(phases, int) else (len(phases), finished_phases(log, phases))
+    ends = [0] * (count + 1) if isinstance(phases, int) else phase_ends(log, phases)
     result = np.full((count + 1, len(tasks)), np.nan)
     for i in range(finished + 1):
-        rows = np.flatnonzero(table.phase == i)
+        rows = np.flatnonzero((table.phase == i) & (table.step >= ends[i]))
         if len(rows):
             result[i] = table.scores[rows[-1]]
     return result
 
 
+def phase_ends(log: EvalLog, phases: Sequence[Phase]) -> list[int]:
+    """The step at which each phase ends (P+1 of them, the first is 0), evaluated or not.
+
+    A phase ends its budget after its start, or at its last evaluation if that is later: learners that round a budget up
+    to whole rollouts are counted right.
+    """
+    ends = [0]
+    for i, phase in enumerate(phases, start=1):
+        steps = log.step[log.phase == i]
+        ends.append(max(ends[-1] + phase.budget, int(steps.max()) if len(steps) else 0))
+    return ends
+
+
 def finished_phases(log: EvalLog, phases: Sequence[Phase]) -> int:
     """How many phases, from the first, have been trained and evaluated to their end.
 
-    A phase is finished if a later one has rows, or if its last evaluation is at least its budget after its start. Its
-    start is where the phase before it ended, so learners that round a budget up to whole rollouts are counted right.
+    A phase is finished if a later one has rows, or if its end was evaluated (see :func:`phase_ends`).
     """
-    start = 0
+    ends = phase_ends(log, phases)
     last = int(log.phase.max()) if len(log) else 0
-    for i, phase in enumerate(phases, start=1):
-        steps = log.step[log.phase == i]
-        if last <= i and (not len(steps) or steps.max() - start < phase.budget):
+    for i in range(1, len(phases) + 1):
+        if last <= i and not (log.step[log.phase == i] >= ends[i]).any():
             return i - 1
-        start = int(steps.max()) if len(steps) else start + phase.budget
     return len(phases)
 
 

@@ -380,3 +380,23 @@ def test_visits():
     visits = find_visits(("a", "b", "x"), [Phase("a", 1), Phase(("a", "b"), 1), Phase("a", 1)])
     assert visits.first.tolist() == [1, 2, 0] and visits.last.tolist() == [3, 2, 0]
     assert visits.exposed.tolist() == [False, True, False]
+
+
+def test_no_metric_uses_the_middle_of_a_phase_for_its_missing_end():
+    points = [(0, 0, 0.0), (1, 50, 0.2), (1, 100, 0.9), (2, 150, 0.5), (2, 200, 0.6)]
+    phases = [Phase("a", 100), Phase("b", 100)]
+
+    def log(points):
+        return EvalLog.from_rows((i, 0, s, t, 0, v, 0.0, 1) for i, s, v in points for t in "ab")
+
+    whole, holed = log(points), log([p for p in points if p[1] != 100])
+    alone = [(1, 0, "a", 0.0), (1, 100, "a", 0.4), (2, 100, "b", 0.0), (2, 200, "b", 0.4)]
+    reference = EvalLog.from_rows((i, 0, s, t, 0, v, 0.0, 1) for i, s, t, v in alone)
+    full, m = (compute_metrics(one, "ab", phases, reference) for one in (whole, holed))
+    assert None not in full.values()
+    for name in ("average_incremental", "learning_accuracy", "forgetting", "backward_transfer", "zero_shot_transfer"):
+        assert m[name] is None, name
+    assert m["average_performance"] == full["average_performance"], "the final row is there"
+    assert m["forward_transfer"] is None
+    with pytest.raises(DataError, match="task 'a' needs complete evaluations from the start of its first visit to 100"):
+        forward_transfer(holed, "ab", phases, reference)

@@ -112,7 +112,8 @@ def test_rows_of_the_matrix_are_the_last_step_of_each_phase():
         ([(0, 0), (1, 100), (2, 150)], 1),
         ([(0, 0), (1, 128), (2, 227)], 1),  # phase 1 ended late, so phase 2 has not had its 100 units
         ([(0, 0), (1, 128), (2, 228)], 2),
-        ([(0, 0), (1, 90), (2, 190)], 2),  # an agent that stopped early: phase 2 has begun, so phase 1 is over
+        ([(0, 0), (1, 90), (2, 200)], 2),  # phase 2 has begun, so phase 1 is over, though its end was not evaluated
+        ([(0, 0), (1, 90), (2, 190)], 1),  # the loop counts the whole budget of an agent that stops early
     ],
 )
 def test_finished_phases(steps, expected):
@@ -125,3 +126,14 @@ def test_columns_of_different_length_are_refused():
         EvalLog(phase=[0], visit=[0], step=[0], task=["a"], episode=[0, 1], score=[0.0], return_=[0.0], length=[1])
     with pytest.raises(DataError, match="rows have 2 fields, expected 8"):
         EvalLog.from_rows([(0, 1)])
+
+
+def test_the_middle_of_a_phase_is_not_its_end():
+    phases = [Phase("a", 100), Phase("a", 100)]
+    rows = [
+        (i, 0, s, "a", 0, score, 0.0, 1) for i, s, score in ((0, 0, 0.1), (1, 50, 0.2), (1, 100, 0.3), (2, 200, 0.4))
+    ]
+    assert matrix(EvalLog.from_rows(rows), "a", phases)[:, 0].tolist() == [0.1, 0.3, 0.4]
+    holed = EvalLog.from_rows(r for r in rows if r[2] != 100)
+    assert matrix(holed, "a", phases)[:, 0] == pytest.approx([0.1, math.nan, 0.4], nan_ok=True)
+    assert matrix(holed, "a", 2)[1, 0] == 0.2, "without the phases nobody can tell"
