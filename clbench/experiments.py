@@ -485,6 +485,7 @@ def write_results(
         "tasks": tasks,
         "matrix": _with_nulls(log.matrix(tasks, stream.phases)),
         "metrics": compute_metrics(log, tasks, stream.phases, reference, protocol=config.protocol),
+        "reference": None if reference is None else Path(reference.source).parent.name,
         "cost": dict(cost),
         "provenance": read_json(directory.config).get("provenance"),  # of the start: the same after a resume elsewhere
     }

@@ -249,6 +249,7 @@ class TestProtocols:
         root = tmp_path / "references"
         given = run(tmp_path / "runs" / "b", references=True, reference_root=root)
         assert isinstance(given.metrics["forward_transfer"], float)
+        assert (root / given.results["reference"] / "eval.csv").exists() and without.results["reference"] is None
         cached = {p: p.stat().st_mtime_ns for p in root.glob("*/eval.csv")}
         assert len(cached) == 1
         run(tmp_path / "runs" / "c", references=True, reference_root=root, schedule="cyclic")
