@@ -31,7 +31,10 @@ from clbench.errors import ConfigError, unknown_name
 AGENT = OBJECT_TO_IDX["agent"]
 RED = COLOR_TO_IDX["red"]
 DIRECTIONS = 4
-MAX_COORDINATE = 255.0  # one bound for all grids, so that tasks share their spaces
+# Bounds are part of the observation space, and agents scale by them. One bound serves all but the largest grids, so that
+# tasks share their spaces; symbols are numbers of objects, colours and states, far from the 255 of a grey value.
+COMMON_SIZE = 32
+MAX_SYMBOL = max(*OBJECT_TO_IDX.values(), *COLOR_TO_IDX.values(), *STATE_TO_IDX.values(), 3)
 # states of a cell: open, closed, locked; the agent's own cell holds its direction in grid encodings
 _ONE_HOT = [np.eye(n, dtype=np.float32) for n in (len(OBJECT_TO_IDX), len(COLOR_TO_IDX), len(STATE_TO_IDX))]
 
@@ -82,7 +85,7 @@ class ImageObservation(MiniGridTensors):
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
         size = self.grid_env.agent_view_size
-        self.observation_space = spaces.Box(0, 255, (3, size, size), np.uint8)
+        self.observation_space = spaces.Box(0, MAX_SYMBOL, (3, size, size), np.uint8)
 
     def observe(self, obs: dict[str, Any]) -> np.ndarray:
         return np.moveaxis(obs["image"], -1, 0)
@@ -131,7 +134,8 @@ class GoalPosition(GoalObservation):
 
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
-        position = spaces.Box(0.0, MAX_COORDINATE, (2,), np.float32)
+        largest = max(COMMON_SIZE, self.grid_env.width, self.grid_env.height) - 1
+        position = spaces.Box(0.0, float(largest), (2,), np.float32)
         self.observation_space = spaces.Dict(
             observation=_flat_space(self.grid_env), achieved_goal=position, desired_goal=position
         )
@@ -153,7 +157,7 @@ class GoalImage(GoalObservation):
 
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
-        picture = spaces.Box(0, 255, (3, self.grid_env.width, self.grid_env.height), np.uint8)
+        picture = spaces.Box(0, MAX_SYMBOL, (3, self.grid_env.width, self.grid_env.height), np.uint8)
         self.observation_space = spaces.Dict(observation=picture, achieved_goal=picture, desired_goal=picture)
 
     def observe(self, obs: dict[str, Any]) -> dict[str, np.ndarray]:

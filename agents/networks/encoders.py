@@ -1,7 +1,8 @@
 """From observations of any supported space to one feature vector per row.
 
 The transforms depend on the space only, never on data, so they are the same for every task of a stream:
-bounded numbers are scaled to [-1, 1] by their bounds, images are divided by 255, discrete values become one-hot.
+bounded numbers are scaled to [-1, 1] by their bounds, images are divided by their largest
+value, discrete values become one-hot.
 """
 
 from __future__ import annotations
@@ -62,10 +63,16 @@ class OneHot(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Images (B, C, H, W) uint8 -> (B, size): three 3x3 convolutions of stride 2, then a dense layer."""
+    """Images (B, C, H, W) uint8 -> (B, size): three 3x3 convolutions of stride 2, then a dense layer.
 
-    def __init__(self, channels: int, height: int, width: int, *, rng: torch.Generator, size: int = 256):
+    ``high`` is the largest value of the space: 255 for grey values, less for symbols.
+    """
+
+    def __init__(
+        self, channels: int, height: int, width: int, *, rng: torch.Generator, high: float = 255, size: int = 256
+    ):
         super().__init__()
+        self.high = high
         widths = (channels, 16, 32, 32)
         self.convs = nn.ModuleList(conv(a, b, rng, stride=2) for a, b in zip(widths[:-1], widths[1:], strict=True))
         for _ in self.convs:
@@ -74,7 +81,7 @@ class ConvEncoder(nn.Module):
         self.size = size
 
     def forward(self, image: Tensor) -> Tensor:
-        x = image.to(torch.float32) / 255
+        x = image.to(torch.float32) / self.high
         for layer in self.convs:
             x = gelu(layer(x))
         return gelu(self.dense(x.flatten(1)))
@@ -126,8 +133,10 @@ class Encoder(nn.Module):
         self.flats = nn.ModuleList(flat_encoder(spaces[k], repr(k) if k else "") for k in self.flat_keys)
         sizes = dict.fromkeys(shape[1:] for shape in shapes.values())  # distinct, in the order of the keys
         self.image_keys = [[k for k in shapes if shapes[k][1:] == size] for size in sizes]
+        highs = [max(float(spaces[k].high.max()) for k in group) for group in self.image_keys]  # type: ignore[attr-defined]
         self.convs = nn.ModuleList(
-            ConvEncoder(sum(shapes[k][0] for k in group), *shapes[group[0]][1:], rng=rng) for group in self.image_keys
+            ConvEncoder(sum(shapes[k][0] for k in group), *shapes[group[0]][1:], rng=rng, high=high)
+            for group, high in zip(self.image_keys, highs, strict=True)
         )
         self.size = sum(int(m.size) for m in [*self.flats, *self.convs])  # type: ignore[arg-type]
 

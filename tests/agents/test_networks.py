@@ -116,3 +116,13 @@ def test_order_is_activation_then_norm_and_the_last_layer_is_bare() -> None:
 def test_size_of_the_reference_actor() -> None:
     # OGBench's GCBC actor on 2-dimensional observations, goals and actions has 528,898 parameters
     assert count_parameters(MLP((4, 512, 512, 512, 2), rng=torch.Generator())) == 528_898
+
+
+def test_images_of_symbols_are_scaled_by_their_own_bound() -> None:
+    """Numbers up to 10 divided by 255 would all look like black; the bound of the space tells."""
+    features = []
+    for high in (10, 255):
+        space = Box(0, high, (3, 16, 16), np.uint8)
+        encoder = Encoder(space, rng=torch.Generator().manual_seed(0))
+        features.append(encoder(torch.full((1, 3, 16, 16), high, dtype=torch.uint8)))
+    assert torch.equal(features[0], features[1]), "the brightest image of either space is all ones"
