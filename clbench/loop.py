@@ -39,6 +39,7 @@ from clbench.rng import derive_seed, get_global_state, sealed_global_rng, seed_g
 Unit = Literal["updates", "env_steps"]
 SEGMENTS_PER_HIDDEN_PHASE = 10
 LOG_POINTS_PER_PHASE = 200
+YIELDS_PER_UNIT = 10  # an agent that yields more often than this has forgotten to stop
 
 
 # -- what a stream must offer an agent -----------------------------------------------------------------------------------
@@ -368,6 +369,11 @@ class Loop:
             pause()  # an evaluation may have been due when the run stopped
         with contextlib.closing(self._timed_learn(experience, budget - resumed_at, rng)) as learning:
             for count, metrics in enumerate(learning, start=1):
+                if count > YIELDS_PER_UNIT * budget + 100:
+                    raise ContractError(
+                        f"{self.agent_name}.learn goes on after its budget of {budget} (yield {count}); return when the "
+                        "budget is consumed."
+                    )
                 position.consumed = self._units(metrics, count, resumed_at, budget)
                 if meter is not None:
                     position.env_steps = steps_before + meter.steps

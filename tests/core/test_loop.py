@@ -433,6 +433,22 @@ class TestWrongPlugins:
         with pytest.raises(ContractError, match="yielded step=41.*budget of 40"):
             run(tmp_path / "run", TooFar)
 
+    def test_an_agent_that_never_stops(self, tmp_path: Path) -> None:
+        class Endless(toys.Linear):
+            def learn(self, experience, budget, *, rng):
+                while True:
+                    yield {"loss": 0.0}
+
+        with pytest.raises(ContractError, match="Endless.learn goes on after its budget of 40"):
+            run(tmp_path / "run", Endless)
+
+        class Chatty(toys.Linear):
+            def learn(self, experience, budget, *, rng):
+                for i in range(3 * budget):
+                    yield {"step": i // 3 + 1}
+
+        assert run(tmp_path / "chatty", Chatty).results["status"] == "complete"
+
     def test_not_an_agent(self, tmp_path: Path) -> None:
         with pytest.raises(ContractError, match="must be a subclass of clbench.Agent"):
             run(tmp_path / "run", "toys:SlowFailures")
