@@ -93,7 +93,10 @@ def load_object(target: str) -> Any:
     """
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute or module_name.startswith("."):
-        raise ConfigError(f"{target!r} is not of the form 'module:attribute'.")
+        raise ConfigError(
+            f"{target!r} is not of the form 'module:attribute'; "
+            "the class MyAgent of my_agent.py in the current folder is 'my_agent:MyAgent'."
+        )
     here = os.getcwd()
     added = here not in sys.path and "" not in sys.path
     if added:
@@ -124,7 +127,12 @@ def load_object(target: str) -> Any:
             value = getattr(value, part)
     except AttributeError as error:
         public = [n for n in vars(module) if not n.startswith("_")]
-        raise unknown_name("attribute", attribute, public, where=f"module {module_name}") from error
+        where, file = f"module {module_name}", getattr(module, "__file__", None)
+        if os.path.exists(os.path.join(here, f"{module_name}.py")) and (
+            not file or os.path.realpath(os.path.dirname(file)) != os.path.realpath(here)
+        ):
+            where += f" ({file or 'part of Python'}; it hides your {module_name}.py, which needs another name)"
+        raise unknown_name("attribute", attribute, public, where=where) from error
     return value
 
 
