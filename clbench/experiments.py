@@ -133,32 +133,30 @@ class Resolved:
     @property
     def fingerprint(self) -> str:
         """Changes with everything that changes the result."""
-        resolved = (
-            *FREE,
-            "agent_options",
-            "stream_options",
-            "schedule_options",
-        )  # agent_config and stream say it in full
-        plain = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in resolved}
-        return content_hash(
-            [
-                plain,
-                dataclasses.asdict(self.agent_config),
-                self.stream.to_dict(),
-                clbench.__version__,
-                torch.__version__,
-            ]
-        )
+        options = ("agent_options", "stream_options", "schedule_options")  # agent_config and stream say it in full
+        plain = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in (*FREE, *options)}
+        agent = [dataclasses.asdict(self.agent_config), self.agent_code]
+        return content_hash([plain, agent, self.stream.to_dict(), clbench.__version__, torch.__version__])
+
+    @property
+    def agent_code(self) -> str:
+        """Changes with the files that define the agent's class and its bases: half a run of old code is no run."""
+        sources = []
+        for cls in self.agent_class.__mro__:
+            if cls is not Agent:
+                with contextlib.suppress(OSError, TypeError):  # defined in a shell, or built in
+                    sources.append(Path(inspect.getfile(cls)).read_text())
+        return content_hash(sources)
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run is and what it gave: the content of ``results.json`` and, in this process, the trained agent."""
+    """Where a run is and what it gave: the content of ``results.json`` and, where this call trained it, the agent."""
 
     path: Path
-    results: Mapping[str, Any]
-    stream: Stream
-    agent: Agent | None = None
+    results: Mapping[str, Any] = field(repr=False)
+    stream: Stream = field(repr=False)
+    agent: Agent | None = field(default=None, repr=False)
 
     @property
     def metrics(self) -> Mapping[str, float | None]:
@@ -284,21 +282,12 @@ def reference_run(
         resolved.config, protocol="independent", schedule="sequential", schedule_options={}, references=False
     )
     alone = dataclasses.replace(resolved, config=config, stream=one_phase_per_task(resolved.stream))
-    path = root / content_hash([alone.fingerprint, _source_hash(resolved.agent_class)])
+    path = root / alone.fingerprint
     try:
         _run_in(alone, path, False, progress, None, wait=True)
     except DataError:
         _run_in(alone, path, True, progress, None, wait=True)
     return read_eval_csv(path / "eval.csv")
-
-
-def _source_hash(agent_class: type[Agent]) -> str:
-    """Changes when the files change that define the agent's class and its bases (an agent under development)."""
-    sources = []
-    for cls in agent_class.__mro__[:-1]:
-        with contextlib.suppress(OSError, TypeError):  # defined in a shell, or built in
-            sources.append(Path(inspect.getfile(cls)).read_text())
-    return content_hash(sources)
 
 
 def _run_in(
@@ -433,6 +422,7 @@ def _config_record(resolved: Resolved) -> dict[str, Any]:
         "tasks": [t.name for t in resolved.stream.tasks],
         "phases": phase_records(resolved.stream),
         "stream_hash": content_hash(resolved.stream.to_dict()),
+        "agent_code": resolved.agent_code,
         "fingerprint": resolved.fingerprint,
         "provenance": provenance(),
     }
@@ -445,7 +435,7 @@ def _same_configuration(resolved: Resolved, directory: RunDirectory) -> None:
         return
     ours = _config_record(resolved)
     differences = []
-    for key in ("config", "stream_hash", "provenance"):
+    for key in ("config", "stream_hash", "agent_code", "provenance"):
         old, new = saved.get(key), ours[key]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             wanted = ("clbench", "torch") if key == "provenance" else [k for k in {**old, **new} if k not in FREE]
@@ -453,7 +443,7 @@ def _same_configuration(resolved: Resolved, directory: RunDirectory) -> None:
                 f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in wanted if old.get(k) != new.get(k)
             ]
         elif old != new:
-            differences.append(f"{key}: {old!r} there, {new!r} now")
+            differences.append(f"{key.replace('_', ' ')}: {old!r} there, {new!r} now")
     raise ConfigError(
         f"{directory.path} holds a run of another configuration ({'; '.join(differences) or 'another version'}). Choose "
         "another folder with --out, or --overwrite to start again there."

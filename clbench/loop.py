@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from clbench.evaluate import check_actions, evaluate, plugin_error
 from clbench.records import (
     RunDirectory,
     changed_entries,
+    flatten_state,
     load_checkpoint,
     save_checkpoint,
     state_bytes,
@@ -83,6 +85,8 @@ def check_requirements(agent_class: type[Agent], agent_name: str, stream: Stream
         "pixels": (pixels, f"its observations are {obs}"),
         "state": (not pixels, f"its observations are {obs}"),
     }
+    if isinstance(agent_class.requires, str):
+        raise ConfigError(f"Agent {agent_name!r}: requires must be a set, as frozenset({{{agent_class.requires!r}}}).")
     for requirement in sorted(agent_class.requires):
         if requirement not in met:
             raise ConfigError(f"Agent {agent_name!r} requires {requirement!r}, which is not one of {sorted(met)}.")
@@ -249,6 +253,7 @@ class Loop:
         self._eval_envs: dict[str, VectorEnv] = {}
         self._datasets: dict[str, OfflineDataset] = {}
         self._purity_checked = False
+        self._warned = False
         self._last_checkpoint = time.monotonic()
         self._checkpoint_cost = 0.0
         self._readable = False  # whether a checkpoint of this process has been read back
@@ -572,7 +577,14 @@ class Loop:
 
     def _agent_state(self) -> dict[str, Any]:
         with blame(self.agent, "state_dict"):
-            return self.agent.state_dict()
+            state = self.agent.state_dict()
+        for path, leaf in flatten_state(state):
+            if not isinstance(leaf, torch.Tensor | bool | int | float | str | None):
+                raise ContractError(
+                    f"{type(self.agent).__name__}.state_dict() holds a {type(leaf).__name__} at {path!r}; only tensors and "
+                    "plain Python values (numbers, text, lists, dicts) can be stored."
+                )
+        return state
 
     def _checkpoint(self, learn_state: Mapping[str, Any] | None) -> None:
         start = time.perf_counter()
@@ -651,6 +663,12 @@ class Loop:
     def _log(self, metrics: Mapping[str, float], phase: int, log_every: int) -> None:
         values = {k: _number(v, f"{self.agent_name}.learn yielded {k}") for k, v in metrics.items() if k != "step"}
         position = self.position
+        bad = [k for k, v in values.items() if not math.isfinite(v)]
+        if bad and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.agent_name}.learn reports {bad[0]}={values[bad[0]]} at step {position.step}.", stacklevel=2
+            )
         if not values or position.step - position.logged < log_every:
             return
         self.directory.train.append_mapping(
@@ -699,7 +717,7 @@ class Loop:
 
 def _number(value: Any, what: str) -> float:
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ContractError(f"{what}={value!r}; metrics are single numbers.") from error
 

@@ -294,6 +294,7 @@ class RunDirectory:
         self.stream, self.checkpoint = path / "stream.json", path / "checkpoint.pt"
         self.eval = GrowingCsv(path / "eval.csv", EVAL_HEADER)
         self.train = GrowingCsv(path / "train.csv", ("step", "phase"))
+        self._made = [p for p in (path, *path.parents) if not p.exists()]  # folders that a refused run takes away again
         self._lock: Any = None
 
     def open(self, wait: bool = False) -> None:
@@ -340,8 +341,9 @@ class RunDirectory:
         if self._lock is not None:
             if not self.config.exists():
                 (self.path / ".lock").unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # not empty: it holds something of the user's
-                    self.path.rmdir()
+                with contextlib.suppress(OSError):  # not empty: it holds something else
+                    for folder in self._made or [self.path]:
+                        folder.rmdir()
             self._lock.close()
             self._lock = None
 

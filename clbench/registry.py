@@ -148,7 +148,8 @@ def resolve(kind: str, name: str) -> Any:
         return load_object(name)
     known = entries(kind)
     if name not in known:
-        raise unknown_name(_singular(kind), name, known)
+        error = unknown_name(_singular(kind), name, known)
+        raise UnknownNameError(f"{error} Your own is 'module:name'.")
     target = known[name].target
     return load_object(target) if isinstance(target, str) else target
 

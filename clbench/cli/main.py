@@ -273,6 +273,9 @@ def _report(arguments: Arguments) -> int:
 def _list(arguments: Arguments) -> int:
     from clbench.registry import KINDS, entries
 
+    if any(a in ("-h", "--help") for a in arguments):
+        print(f"usage: clbench list [{' | '.join(KINDS)}] [--json]")
+        return 0
     as_json = "--json" in arguments
     names = [a for a in arguments if a != "--json"]
     for name in names:

@@ -41,12 +41,13 @@ def _frames(agent: Agent, task: Task, task_id: int | None) -> list[tuple[str, np
     """(caption, picture (H, W, 3)) of one episode over time, or of several episodes where they last one step."""
     episodes = task.evaluation.head(FRAMES)
     n = len(episodes)
-    env = make_env(task.env_id, n, agent.device, autoreset="disabled", **task.env_kwargs)
-    rng = torch_generator(0, "picture", task.name, device=agent.device)
-    ids = None if task_id is None else torch.full((n,), task_id, device=agent.device)
+    device = getattr(agent, "device", torch.device("cpu"))
+    env = make_env(task.env_id, n, device, autoreset="disabled", **task.env_kwargs)
+    rng = torch_generator(0, "picture", task.name, device=device)
+    ids = None if task_id is None else torch.full((n,), task_id, device=device)
     try:
         obs, _ = env.reset(seed=list(episodes.seeds), options=dict(episodes.options))
-        first, memory = torch.ones(n, dtype=torch.bool, device=agent.device), None
+        first, memory = torch.ones(n, dtype=torch.bool, device=device), None
         try:
             start = env.render()
         except Exception:  # noqa: BLE001 (a picture is a courtesy: whatever goes wrong in a renderer, do without)

@@ -212,7 +212,8 @@ class TestKnowledgeLevels:
         assert not (tmp_path / "run" / "config.json").exists()
         assert run(tmp_path / "run", toys.NeedsTaskId, reveals="task_id").results["status"] == "complete"
         with pytest.raises(ConfigError, match=r"requires 'dataset'.*\['coin-0', 'coin-1'\] have no data set"):
-            run(tmp_path / "other", "bc", "toys:coins")
+            run(tmp_path / "other" / "deep", "bc", "toys:coins")
+        assert not (tmp_path / "other").exists(), "the folders that a refused run has made are taken away"
         with pytest.raises(ConfigError, match="requires 'continuous'.*Discrete"):
             run(tmp_path / "third", "sb3-sac", "toys:coins")
 
@@ -354,6 +355,17 @@ class TestResume:
         with pytest.raises(ConfigError, match="agent: 'toys:Linear' there, 'toys:NeedsTaskId' now"):
             run(tmp_path / "run", toys.NeedsTaskId, reveals="task_id")
 
+    def test_an_edited_agent_is_another_configuration(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        code = "import toys\n\n\nclass Edited(toys.Linear):\n    gain = {}\n"
+        monkeypatch.syspath_prepend(tmp_path)
+        for gain in (1, 2):
+            (tmp_path / "edited_agent.py").write_text(code.format(gain))
+            if gain == 1:
+                run(tmp_path / "run", "edited_agent:Edited")
+                assert run(tmp_path / "run", "edited_agent:Edited").results["status"] == "complete"
+        with pytest.raises(ConfigError, match="agent code: .* there, .* now.*--overwrite"):
+            run(tmp_path / "run", "edited_agent:Edited")
+
     @pytest.mark.parametrize("damage", ["cut", "flip", "pickle", "format", "agent"])
     def test_a_bad_checkpoint_is_refused(self, tmp_path: Path, damage: str) -> None:
         path = tmp_path / "run"
@@ -432,6 +444,16 @@ class TestWrongPlugins:
 
         with pytest.raises(ContractError, match="yielded step=41.*budget of 40"):
             run(tmp_path / "run", TooFar)
+
+    def test_a_loss_that_is_not_a_number_is_said_once(self, tmp_path: Path) -> None:
+        class Diverges(toys.Linear):
+            def learn(self, experience, budget, *, rng):
+                for i in range(budget):
+                    yield {"loss": torch.tensor(float("nan") if i > 4 else 1.0, requires_grad=True)}
+
+        with pytest.warns(UserWarning, match="Diverges.learn reports loss=nan at step 6") as said:
+            run(tmp_path / "run", Diverges)
+        assert len([w for w in said if "reports" in str(w.message)]) == 1
 
     def test_an_agent_that_never_stops(self, tmp_path: Path) -> None:
         class Endless(toys.Linear):

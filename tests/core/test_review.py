@@ -309,7 +309,11 @@ class TooManyActions(toys.Walker):
 @pytest.mark.parametrize(
     ("agent", "stream", "message"),
     [
-        (ArrayState, "toys:digits", r"ArrayState.state_dict\(\) cannot be stored.*no NumPy arrays"),
+        (
+            ArrayState,
+            "toys:digits",
+            r"ArrayState.state_dict\(\) holds a ndarray at '.*'; only tensors and plain Python",
+        ),
         (StateRaises, "toys:digits", "StateRaises.state_dict raised KeyError"),
         (Texts, "toys:digits", "learn yielded loss='low'; metrics are single numbers"),
         (NanStep, "toys:digits", "learn yielded step=nan; it must be a whole number"),
