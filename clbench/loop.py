@@ -417,7 +417,7 @@ class Loop:
                 if not isinstance(metrics, Mapping):
                     raise ContractError(
                         f"{self.agent_name}.learn must yield mappings of metric names to floats, "
-                        f"got {type(metrics).__name__}."
+                        f'got {type(metrics).__name__}; write `yield {{"loss": ...}}`, not return.'
                     )
                 yield metrics
         finally:

@@ -507,3 +507,12 @@ def test_bad_settings_are_named_and_nothing_is_written(tmp_path: Path, settings:
     with pytest.raises(ConfigError, match=message):
         run(tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_agent_that_returns_its_metrics_is_told_to_yield_them(tmp_path: Path) -> None:
+    class Returns(toys.Linear):
+        def learn(self, experience, budget, *, rng):
+            return {"loss": 0.0}
+
+    with pytest.raises(ContractError, match=r"Returns.learn must yield mappings .* got str; write `yield .*not return"):
+        run(tmp_path / "run", Returns)
