@@ -114,6 +114,25 @@ class TestEvaluationIsPure:
         leaking = [self.final(tmp_path / f"leaking{n}", GlobalDraws, eval_every=n) for n in (1, 0)]
         assert leaking[0] != leaking[1]
 
+    def test_draws_from_the_process_wide_generator_in_act_do_not_reach_training(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class DrawsEverywhere(toys.Linear):
+            def act(self, obs, memory, first, *, rng, task=None, explore=False):
+                torch.rand(1)
+                return super().act(obs, memory, first, rng=rng)
+
+            def learn(self, experience, budget, *, rng):
+                for metrics in super().learn(experience, budget, rng=rng):
+                    self.w += 0.01 * torch.randn(self.w.shape)
+                    yield metrics
+
+        sealed = [self.final(tmp_path / f"sealed{n}", DrawsEverywhere, eval_every=n) for n in (1, 0)]
+        assert sealed[0] == sealed[1]
+        monkeypatch.setattr("clbench.loop.sealed_global_rng", contextlib.nullcontext)  # negative control: no seal
+        leaking = [self.final(tmp_path / f"leaking{n}", DrawsEverywhere, eval_every=n) for n in (1, 0)]
+        assert leaking[0] != leaking[1]
+
     def test_a_run_leaves_the_process_wide_generators_alone(self, tmp_path: Path) -> None:
         torch.manual_seed(7)
         expected = torch.rand(3)
@@ -168,6 +187,38 @@ class TestStreamsAreTheSameForEveryAgent:
         for agent in (Peek, Noisier):
             run(tmp_path / agent.__name__, agent, "toys:coins")
         assert torch.equal(firsts[0], firsts[2]) and torch.equal(firsts[1], firsts[3])
+
+    def test_training_episodes_depend_on_the_seed_of_the_run_and_on_the_phase(self, tmp_path: Path) -> None:
+        first = []
+
+        class Peek(toys.Walker):
+            def learn(self, experience, budget, *, rng):
+                lucky = []
+                for _ in range(30):
+                    obs, *_ = experience.env.step(torch.zeros(experience.env.num_envs, dtype=torch.int64))
+                    lucky.append(obs.clone())
+                first.append(torch.stack(lucky))
+                yield {"step": float(budget)}
+
+        for seed in (0, 1, 0):
+            run(tmp_path / str(len(first)), Peek, "toys:coins", seed=seed, num_envs=16)
+        phases = dict(zip(("0a", "0b", "1a", "1b", "again a", "again b"), first, strict=True))
+        assert torch.equal(phases["0a"], phases["again a"]) and torch.equal(phases["0b"], phases["again b"])
+        assert not torch.equal(phases["0a"], phases["1a"]), "another seed has other training episodes"
+        assert not torch.equal(phases["0a"], phases["0b"]), "another phase has other training episodes"
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"schedule": "cyclic"}, {"schedule": "power-law", "seed": 1}, {"protocol": "joint"}]
+)
+def test_the_log_counts_the_visits_of_the_evaluated_task(tmp_path: Path, settings: Any) -> None:
+    result = run(tmp_path / "run", eval_every=0, **settings)
+    phases = result.stream.phases
+    header, *rows = (line.split(",") for line in (tmp_path / "run" / "eval.csv").read_text().splitlines())
+    assert {r[header.index("phase")] for r in rows} == {str(i) for i in range(len(phases) + 1)}
+    for row in rows:
+        phase, visit, task = (row[header.index(k)] for k in ("phase", "visit", "task"))
+        assert int(visit) == [name for p in phases[: int(phase)] for name in p.tasks].count(task)
 
 
 class TestKnowledgeLevels:
