@@ -188,6 +188,19 @@ class TestStreamsAreTheSameForEveryAgent:
             run(tmp_path / agent.__name__, agent, "toys:coins")
         assert torch.equal(firsts[0], firsts[2]) and torch.equal(firsts[1], firsts[3])
 
+    def test_every_phase_has_learning_draws_of_its_own(self, tmp_path: Path) -> None:
+        draws = []
+
+        class Draws(toys.Linear):
+            def learn(self, experience, budget, *, rng):
+                draws.append(float(torch.rand(1, generator=rng)))
+                yield {"step": budget}
+
+        for seed in (0, 0, 1):
+            run(tmp_path / str(len(draws)), Draws, seed=seed, evaluate=False)
+        assert draws[:3] == draws[3:6]
+        assert len(set(draws)) == 6, "three phases, two seeds"
+
     def test_training_episodes_depend_on_the_seed_of_the_run_and_on_the_phase(self, tmp_path: Path) -> None:
         first = []
 
@@ -278,6 +291,11 @@ class TestProtocols:
             "one", result.stream.tasks, (clbench.Phase("task-0", 40),)))  # fmt: skip
         assert matrix[1][0] == alone.results["matrix"][1][0]
         assert result.agent.told == ["start None None", "finish"]  # type: ignore[union-attr]
+
+    def test_costs_of_all_fresh_agents_are_added_up(self, tmp_path: Path) -> None:
+        settings = {"agent_options": {"hidden": (4,), "batch_size": 8}, "protocol": "independent", "budget": 5}
+        cost = run(tmp_path / "run", "bc", **settings).results["cost"]
+        assert (cost["updates"], cost["samples"]) == (3 * 5, 3 * 5 * 8)
 
     def test_joint_trains_on_all_tasks_at_once(self, tmp_path: Path) -> None:
         lengths = []
