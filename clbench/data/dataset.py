@@ -163,6 +163,7 @@ class OfflineDataset:
         self.episode = torch.repeat_interleave(torch.arange(len(self.lengths), device=self.device), self.lengths)
         self.starts = ends - self.lengths
         self.final = (ends - 1)[self.episode]
+        self._window_starts: dict[int, Tensor] = {}
 
     def _check(self) -> None:
         n = len(self.actions)
@@ -258,6 +259,69 @@ class OfflineDataset:
         if isinstance(following, Mapping):
             return {k: choose(following[k], final[k]) for k in following}
         return choose(following, final)
+
+    # -- windows ----------------------------------------------------------------------------------------------------
+
+    def window_starts(self, length: int) -> Tensor:
+        """Rows (M,) int64 from which an episode goes on for ``length`` actions and the observation after them.
+
+        Raises:
+            ConfigError: ``length`` is below 1.
+            DataError: no episode is that long (with the length of the longest).
+        """
+        if length < 1:
+            raise ConfigError(f"The length of a window must be at least 1 action, got {length}.")
+        if length not in self._window_starts:
+            row = torch.arange(len(self), device=self.device)
+            unseen = self.final_observations is None  # the observation after the last action does not exist
+            starts = (row + length - (0 if unseen else 1) <= self.final).nonzero()[:, 0]
+            if len(starts) == 0:
+                longest = int(self.lengths.max()) - unseen
+                raise DataError(
+                    f"Data set {self.name!r} has no window of {length} actions: the longest episode has {longest}; lower "
+                    "the length of the sequences to train on."
+                )
+            self._window_starts[length] = starts
+        return self._window_starts[length]
+
+    def windows(self, starts: Tensor, length: int) -> tuple[Any, Tensor]:
+        """Sequences of ``length`` actions from rows ``starts`` (B,), which must be of :meth:`window_starts`.
+
+        Keys that share a column share the result, so rendered observations are drawn once.
+
+        Returns:
+            observations (B, length + 1, ...), tensor or dict, and actions (B, length, ...).
+        """
+        rows = starts[:, None] + torch.arange(length + 1, device=self.device)
+        over = rows[:, -1] > self.final[starts]
+        inside, episode = torch.minimum(rows, self.final[starts][:, None]), self.episode[starts]
+
+        def gather(column: Tensor, final: Tensor | None) -> Tensor:
+            values = column[inside]
+            if final is not None:
+                keep = over.reshape(-1, *[1] * (column.ndim - 1))
+                values[:, -1] = torch.where(keep, final[episode], values[:, -1])
+            return values
+
+        def sequence(column: Any, final: Any) -> Tensor:
+            if not isinstance(column, Rendered):
+                return gather(column, final)
+            parts = {k: gather(v, None if final is None else final.columns[k]) for k, v in column.columns.items()}
+            drawn = column.render({k: v.flatten(0, 1) for k, v in parts.items()})
+            return drawn.unflatten(0, (len(starts), length + 1))
+
+        actions = self.actions[rows[:, :-1]]
+        if not isinstance(self.observations, Mapping):
+            return sequence(self.observations, self.final_observations), actions
+        made: dict[tuple[int, int], Tensor] = {}
+        observations = {}
+        for key, column in self.observations.items():
+            final = None if self.final_observations is None else self.final_observations[key]
+            pair = id(column), id(final)
+            if pair not in made:
+                made[pair] = sequence(column, final)
+            observations[key] = made[pair]
+        return observations, actions
 
     # -- sampling ---------------------------------------------------------------------------------------------------
 
