@@ -1,12 +1,17 @@
 """Shared by all tests: one torch thread per worker, and the toy plug-ins importable by name."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CLBENCH_DATA"] = tempfile.mkdtemp(prefix="clbench-data-")  # nobody's own cache
+atexit.register(shutil.rmtree, os.environ["CLBENCH_DATA"], ignore_errors=True)
 TOYS = Path(__file__).parent / "core"
 sys.path.insert(0, str(TOYS))
 

@@ -149,8 +149,9 @@ def _run_arguments(stream: str, agent: str, schedule: str) -> type:
     from clbench.errors import ContractError
     from clbench.experiments import RunConfig
     from clbench.registry import resolve
+    from clbench.streams.core import resolve_stream
 
-    agent_class, factory = resolve("agents", agent), resolve("streams", stream)
+    agent_class, factory = resolve("agents", agent), resolve_stream(stream)
     if not (isinstance(agent_class, type) and issubclass(agent_class, Agent)):
         raise ContractError(f"Agent {agent!r} must be a subclass of clbench.Agent, got {agent_class!r}.")
     if not dataclasses.is_dataclass(agent_class.Config):

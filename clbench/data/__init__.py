@@ -1,8 +1,11 @@
 """Offline data: flat tensors with an episode index, the goal sampler, storage, and data sets by name."""
 
+from clbench.data.recipes import RECIPES
+
 TABLE: dict[str, tuple[str, str]] = {
     "two-rooms": ("clbench.envs.two_rooms_data:two_rooms", "Two-Rooms random walks (PLDM 2.1), any wall and door"),
     "classify": ("clbench.envs.classify:classify_dataset", "labelled examples as one-step episodes of an expert"),
+    **{name: (f"clbench.data.published:{recipe.attribute}", recipe.summary) for name, recipe in RECIPES.items()},
 }
 
 # Observations that are drawn when a batch is drawn: name in the file -> the function. Files can only name these.

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from clbench.config import call_with_options
 from clbench.contracts import REVEALS, Phase, Reveals, Stream, Task, is_positive_whole
+from clbench.data.recipes import RECIPES
 from clbench.errors import ConfigError, ContractError, unknown_name
-from clbench.registry import resolve
+from clbench.registry import entries, load_object, resolve
 from clbench.rng import numpy_generator
 
 Unit = Literal["updates", "env_steps"]
@@ -48,7 +49,7 @@ def make_stream(
     """The stream ``name``: the same for every agent with the same arguments.
 
     Args:
-        name: a registered stream or ``module:function``.
+        name: a registered stream, the id of a published data set, or ``module:function``.
         seed: of the run; the tasks use the generator ``(seed, "stream", "tasks")``, the schedule
             ``(seed, "stream", "schedule")``.
         schedule: which task comes when (see ``clbench list schedules``).
@@ -67,7 +68,7 @@ def make_stream(
     if budget is not None and not is_positive_whole(budget):
         raise ConfigError(f"The budget must be a positive whole number of {unit.replace('_', ' ')}, got {budget!r}.")
     suite = call_with_options(
-        resolve("streams", name), options, where=f"stream {name!r}", rng=numpy_generator(seed, "stream", "tasks")
+        resolve_stream(name), options, where=f"stream {name!r}", rng=numpy_generator(seed, "stream", "tasks")
     )
     if isinstance(suite, Stream):
         if budget is not None or schedule != "sequential" or schedule_options:
@@ -85,6 +86,26 @@ def make_stream(
         rng=numpy_generator(seed, "stream", "schedule"),
     )
     return Stream(suite.name, tuple(suite.tasks), number_visits(suite.tasks, slots), reveals or suite.reveals)
+
+
+def resolve_stream(name: str) -> Any:
+    """The function (or the :class:`clbench.Stream`) behind a stream's name or a published data set's id.
+
+    Raises:
+        UnknownNameError: with the nearest names of streams and data sets.
+    """
+    known = entries("streams")
+    if not isinstance(name, str) or name in known:
+        return resolve("streams", name)
+    data = name.partition("?")[0]
+    if data in entries("datasets"):
+        return load_object("clbench.streams.dataset_task:stream_of")(name)
+    if ":" in data or not data:
+        return resolve("streams", name)
+    error = unknown_name("stream", data, {**known, **RECIPES} if "/" in data else known)
+    raise type(error)(
+        f"{error} Published data sets are streams too (`clbench list datasets`); your own is 'module:name'."
+    )
 
 
 def number_visits(tasks: Sequence[Task], slots: Sequence[tuple[int, int]]) -> tuple[Phase, ...]:

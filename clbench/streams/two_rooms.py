@@ -35,23 +35,31 @@ def two_rooms_doors(
     if observation not in ("state", "pixels"):
         raise unknown_name("value of observation", observation, ("state", "pixels"), where="stream 'two-rooms-doors'")
     lists = load_lists()
-    available = len(lists["layouts"][0]["seeds"])
-    if not 1 <= episodes <= available:
-        raise ConfigError(f"two-rooms-doors: episodes must be from 1 to {available} (the frozen list), got {episodes}.")
     tasks = []
-    for layout in lists["layouts"]:
+    for i, layout in enumerate(lists["layouts"]):
         wall_x, door_y = layout["wall_x"], layout["door_y"]
         name = f"wall-{wall_x:g}-door-{door_y:g}"
         data = dataset_id(
             "two-rooms", wall_x=wall_x, door_y=door_y, transitions=transitions, observation=observation,
             seed=int(rng.integers(2**31)),
         )  # fmt: skip
-        evaluation = TaskList(
-            f"{lists['name']}/{name}", layout["seeds"], {"start": layout["start"], "goal": layout["goal"]}
-        )
         kwargs = {"wall_x": wall_x, "door_y": door_y, "observation": observation}
-        tasks.append(Task(name, "clbench/TwoRooms-v0", kwargs, data, evaluation.head(episodes), "success"))
+        tasks.append(Task(name, "clbench/TwoRooms-v0", kwargs, data, evaluation_list(lists, i, episodes), "success"))
     return Suite("two-rooms-doors", tasks, updates=2000, env_steps=20_000)
+
+
+def evaluation_list(lists: dict[str, Any], layout: int, episodes: int) -> TaskList:
+    """The first ``episodes`` frozen episodes of the layout of that number.
+
+    Raises:
+        ConfigError: more episodes than the list has, or none.
+    """
+    chosen = lists["layouts"][layout]
+    available = len(chosen["seeds"])
+    if not 1 <= episodes <= available:
+        raise ConfigError(f"Two-Rooms: episodes must be from 1 to {available} (the frozen list), got {episodes}.")
+    name = f"{lists['name']}/wall-{chosen['wall_x']:g}-door-{chosen['door_y']:g}"
+    return TaskList(name, chosen["seeds"], {"start": chosen["start"], "goal": chosen["goal"]}).head(episodes)
 
 
 def load_lists() -> dict[str, Any]:

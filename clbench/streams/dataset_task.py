@@ -1,0 +1,109 @@
+"""A published data set as a stream of one task: ``clbench run two-rooms/size-5078-v0 --agent bc``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from clbench.config import build, options_of
+from clbench.contracts import Task, TaskList
+from clbench.data.recipes import RECIPES
+from clbench.data.registry import dataset_id, parse_dataset_id
+from clbench.errors import ConfigError, unknown_name
+from clbench.registry import entries, load_object
+from clbench.streams.core import Suite
+from clbench.streams.two_rooms import evaluation_list, load_lists
+
+UPDATES, ENV_STEPS = 10_000, 100_000  # default budgets
+
+
+def stream_of(identifier: str) -> Callable[..., Suite]:
+    """The function behind the stream that a published data set's id stands for.
+
+    Options in the id (``two-rooms/good-v0?observation=pixels``) become the defaults of the stream's options.
+
+    Raises:
+        UnknownNameError: an unknown data set or option.
+        ConfigError: a data set without a task.
+    """
+    name, options = parse_dataset_id(identifier)
+    if name not in RECIPES:
+        if name not in entries("datasets"):
+            raise unknown_name("data set", name, entries("datasets"))
+        raise ConfigError(
+            f"The data set {name!r} has no task of its own, so it is no stream; make a clbench.Task with this dataset_id, "
+            f"or take one of {', '.join(sorted(RECIPES)[:2])}, ... (`clbench list datasets`)."
+        )
+    function = {"two-rooms": _two_rooms, "point-maze": _point_maze}[RECIPES[name].family](name)
+    return _with_defaults(function, options, identifier)
+
+
+def _with_defaults(function: Callable[..., Suite], values: dict[str, str], where: str) -> Callable[..., Suite]:
+    """``function`` with other defaults, which are checked here."""
+    if not values:
+        return function
+    checked = build(options_of(function), values, f"data set {where!r}")
+    signature = inspect.signature(function)
+    parameters = [
+        p.replace(default=getattr(checked, p.name)) if p.name in values else p for p in signature.parameters.values()
+    ]
+
+    @functools.wraps(function)
+    def with_defaults(**options: Any) -> Suite:
+        return function(**options)
+
+    with_defaults.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return with_defaults
+
+
+def _two_rooms(name: str) -> Callable[..., Suite]:
+    def stream(*, observation: str = "state", collision: str = "stop", seed: int = 0, episodes: int = 100) -> Suite:
+        """Goals in the other room of the layout wall 32, door 10.
+
+        Args:
+            observation: ``"state"`` (positions) or ``"pixels"`` (2 x 65 x 65).
+            collision: rule of the data; the environment keeps its own, ``"stop"``.
+            seed: of the data; the run's own seed does not change them.
+            episodes: the first of the 100 frozen ones.
+        """
+        _check_observation(observation, name)
+        data = _identifier(name, observation=(observation, "state"), collision=(collision, "stop"), seed=(seed, 0))
+        kwargs = {"wall_x": 32.0, "door_y": 10.0, "observation": observation}
+        evaluation = evaluation_list(load_lists(), 0, episodes)
+        task = Task("wall-32-door-10", "clbench/TwoRooms-v0", kwargs, data, evaluation, "success")
+        return Suite(name, [task], updates=UPDATES, env_steps=ENV_STEPS)
+
+    return stream
+
+
+def _point_maze(name: str) -> Callable[..., Suite]:
+    def stream(*, observation: str = "state", seed: int = 0, episodes: int = 80) -> Suite:
+        """Goals in held-out layouts.
+
+        Args:
+            observation: ``"state"`` or ``"pixels"`` (3 x 64 x 64, and the velocity).
+            seed: of the data; the run's own seed does not change them.
+            episodes: the first of the 80 frozen ones.
+        """
+        _check_observation(observation, name)
+        trials: TaskList = load_object("clbench.streams.maze_layouts:heldout_trials")()
+        if not 1 <= episodes <= len(trials):
+            raise ConfigError(f"{name}: episodes must be from 1 to {len(trials)} (the frozen list), got {episodes}.")
+        data = _identifier(name, observation=(observation, "state"), seed=(seed, 0))
+        kwargs = {"observation": observation}
+        task = Task("held-out-layouts", "clbench/PointMaze-v0", kwargs, data, trials.head(episodes), "success")
+        return Suite(name, [task], updates=UPDATES, env_steps=ENV_STEPS)
+
+    return stream
+
+
+def _check_observation(observation: str, name: str) -> None:
+    if observation not in ("state", "pixels"):
+        raise unknown_name("value of observation", observation, ("state", "pixels"), where=f"stream {name!r}")
+
+
+def _identifier(name: str, **options: tuple[Any, Any]) -> str:
+    """The id with those options (value, default) that are not at their default."""
+    return dataset_id(name, **{k: value for k, (value, default) in options.items() if value != default})

@@ -1,0 +1,81 @@
+"""A published data set is a stream of one task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import clbench
+from clbench.config import options_of
+from clbench.data.recipes import RECIPES
+from clbench.errors import ConfigError, UnknownNameError
+from clbench.experiments import RunConfig, default_out
+from clbench.streams.core import make_stream, resolve_stream
+from clbench.streams.two_rooms import load_lists
+
+TWO_ROOMS = [name for name, recipe in RECIPES.items() if recipe.family == "two-rooms"]
+
+
+@pytest.mark.parametrize("name", TWO_ROOMS)
+def test_every_set_has_a_task(name: str) -> None:
+    stream = make_stream(name)
+    (task,) = stream.tasks
+    assert (stream.name, task.dataset_id, task.env_id) == (name, name, "clbench/TwoRooms-v0")
+    layout = load_lists()["layouts"][0]
+    assert (layout["wall_x"], layout["door_y"]) == (task.env_kwargs["wall_x"], task.env_kwargs["door_y"]) == (32, 10)
+    assert task.evaluation.seeds == tuple(layout["seeds"]) and len(task.evaluation) == 100
+    assert task.evaluation.options["goal"] == tuple(map(tuple, layout["goal"]))
+
+
+def test_the_data_do_not_change_with_the_seed_of_the_run() -> None:
+    a, b = make_stream("two-rooms/size-634-v0", seed=0), make_stream("two-rooms/size-634-v0", seed=1)
+    assert a == b
+    other = make_stream("two-rooms/size-634-v0", options={"seed": 1})  # negative control
+    assert other.tasks[0].dataset_id == "two-rooms/size-634-v0?seed=1"
+
+
+def test_options_reach_data_and_environment() -> None:
+    (task,) = make_stream("two-rooms/size-634-v0", options={"observation": "pixels", "episodes": 7}).tasks
+    assert task.dataset_id == "two-rooms/size-634-v0?observation=pixels"
+    assert task.env_kwargs["observation"] == "pixels" and len(task.evaluation) == 7
+
+
+def test_options_in_the_id_are_defaults() -> None:
+    name = "two-rooms/size-634-v0?observation=pixels"
+    assert make_stream(name).tasks == make_stream("two-rooms/size-634-v0", options={"observation": "pixels"}).tasks
+    assert make_stream(name, options={"observation": "state"}).tasks == make_stream("two-rooms/size-634-v0").tasks
+    assert options_of(resolve_stream(name))().observation == "pixels"  # what --help shows
+
+
+def test_a_run(tmp_path: Path) -> None:
+    result = clbench.run(
+        "two-rooms/size-634-v0", "bc", budget=2, out=tmp_path / "run", stream_options={"episodes": 2}, tensorboard=False
+    )
+    assert result.results["stream"] == "two-rooms/size-634-v0" and result.results["status"] == "complete"
+    out = default_out(RunConfig("two-rooms/size-634-v0?observation=pixels", "bc"))
+    assert out == Path("runs/two-rooms_size-634-v0_observation=pixels/bc/seed-0")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (
+            "two-rooms/size-643-v0",
+            {},
+            UnknownNameError,
+            "Did you mean 'two-rooms/size-634-v0'.*data sets are streams too",
+        ),
+        ("two-rooms-door", {}, UnknownNameError, "Unknown stream 'two-rooms-door'. Did you mean 'two-rooms-doors'"),
+        ("zzz", {}, UnknownNameError, "Published data sets are streams too"),
+        ("two-rooms", {}, ConfigError, "'two-rooms' has no task of its own, so it is no stream"),
+        ("classify?source=x", {}, ConfigError, "'classify' has no task of its own"),
+        ("two-rooms/size-634-v0?episode=3", {}, UnknownNameError, "Did you mean 'episodes'"),
+        ("two-rooms/size-634-v0?episodes=x", {}, ConfigError, "episodes must be of type int"),
+        ("two-rooms/size-634-v0", {"episodes": 101}, ConfigError, "episodes must be from 1 to 100"),
+        ("two-rooms/size-634-v0", {"observation": "video"}, UnknownNameError, "Unknown value of observation 'video'"),
+    ],
+)
+def test_wrong_names(name: str, options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_stream(name, options=options)
