@@ -15,6 +15,10 @@ TABLE: dict[str, tuple[str, str]] = {
         "clbench.envs.two_rooms:TwoRoomsVectorEnv",
         "point agent, two rooms joined by a door; state or 2x65x65 pixels (PLDM)",
     ),
+    "clbench/PointMaze-v0": (
+        "clbench.envs.point_maze:PointMazeVectorEnv",
+        "point mass in a 4x4 maze; state, or 3x64x64 pixels and velocity (Diverse PointMaze of PLDM)",
+    ),
     "clbench/Classify-v0": (
         "clbench.envs.classify:ClassifyVectorEnv",
         "any labelled data set as one-step episodes; digits ship with it",
@@ -25,6 +29,12 @@ gymnasium.register(
     id="clbench/TwoRooms-v0",
     entry_point="clbench.envs.two_rooms:TwoRoomsEnv",
     vector_entry_point="clbench.envs.two_rooms:TwoRoomsVectorEnv",
+    max_episode_steps=200,
+)
+gymnasium.register(
+    id="clbench/PointMaze-v0",
+    entry_point="clbench.envs.point_maze:PointMazeEnv",
+    vector_entry_point="clbench.envs.point_maze:PointMazeVectorEnv",
     max_episode_steps=200,
 )
 gymnasium.register(

@@ -250,7 +250,7 @@ def render_pixels(columns: Mapping[str, Tensor]) -> Tensor:
 
 
 class FramePool:
-    """Memory for frames (B, 2, 65, 65) that is used again when no tensor refers to it any more.
+    """Memory for frames (B, 2, 65, 65), or (B, *frame), that is used again when no tensor refers to it any more.
 
     On a CPU, fresh memory of this size costs several times more (page faults) than filling it. On other devices torch does
     the same itself.
@@ -258,8 +258,8 @@ class FramePool:
 
     KEEP = 4
 
-    def __init__(self, num_envs: int, device: torch.device):
-        self.shape, self.device = (num_envs, 2, SIZE, SIZE), device
+    def __init__(self, num_envs: int, device: torch.device, frame: tuple[int, ...] = (2, SIZE, SIZE)):
+        self.shape, self.device = (num_envs, *frame), device
         self._free: list[np.ndarray] = []
 
     def copy_of(self, source: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from clbench.data.recipes import RECIPES
 
 TABLE: dict[str, tuple[str, str]] = {
     "two-rooms": ("clbench.envs.two_rooms_data:two_rooms", "Two-Rooms random walks (PLDM 2.1), any wall and door"),
+    "point-maze": ("clbench.envs.point_maze_data:point_maze", "PointMaze, random actions (PLDM 2.3), any layouts"),
     "classify": ("clbench.envs.classify:classify_dataset", "labelled examples as one-step episodes of an expert"),
     **{name: (f"clbench.data.published:{recipe.attribute}", recipe.summary) for name, recipe in RECIPES.items()},
 }
@@ -11,4 +12,5 @@ TABLE: dict[str, tuple[str, str]] = {
 # Observations that are drawn when a batch is drawn: name in the file -> the function. Files can only name these.
 RENDERERS: dict[str, str] = {
     "two-rooms": "clbench.envs.two_rooms:render_pixels",
+    "point-maze": "clbench.envs.point_maze:render_pixels",
 }
