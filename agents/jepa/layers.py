@@ -32,6 +32,10 @@ class StackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, x, self.weight)
 
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Weight (out, in) and bias (out,) as :mod:`clbench.planners.steppers` takes them; with E in front if E > 1."""
+        return without_members(self.weight).mT, without_members(self.bias.squeeze(1))
+
 
 class StackedLayerNorm(nn.Module):
     """(E, N, n) -> (E, N, n): LayerNorm with a gain and an offset per member."""
@@ -43,6 +47,10 @@ class StackedLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.bias, nn.functional.layer_norm(x, x.shape[-1:]), self.weight)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Gain and offset (n,), or (E, n)."""
+        return without_members(self.weight.squeeze(1)), without_members(self.bias.squeeze(1))
 
 
 class StackedGRU(nn.Module):
@@ -67,6 +75,11 @@ class StackedGRU(nn.Module):
         reset, update = gates[..., :size], gates[..., size:]
         new = torch.tanh(torch.addcmul(of_x[..., 2 * size :], reset, of_h[..., 2 * size :]))
         return torch.lerp(new, h, update)
+
+    def affine(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Weights (3D, n_in), (3D, D) and biases (3D,), (3D,) of input and hidden state; with E in front if E > 1."""
+        weights = without_members(self.weight_ih).mT, without_members(self.weight_hh).mT
+        return weights, (without_members(self.bias_ih.squeeze(1)), without_members(self.bias_hh.squeeze(1)))
 
 
 class Standardise(nn.Module):
@@ -123,14 +136,20 @@ class StandardiseImage(Standardise):
         self._set(mean, (square - mean.square()).clamp_min(0).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self._stretch(x) - self.mean) / self.scale
+        return self._stretch(x).sub_(self.mean).div_(self.scale)
 
     def _stretch(self, x: Tensor) -> Tensor:
-        x = x.to(self.mean.dtype)
+        """A float copy; what follows works in place, because batches of images are large."""
+        values = x.to(self.mean.dtype, copy=True)
         if not self.min_max:
-            return x
-        low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-        return (x - low) / (high - low).clamp_min(EPS)
+            return values
+        low, high = (v.to(values.dtype) for v in (x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)))
+        return values.sub_(low).div_((high - low).clamp_min_(EPS))
+
+
+def without_members(stacked: Tensor) -> Tensor:
+    """Detached, and without the axis of members where there is one member."""
+    return stacked.detach()[0] if len(stacked) == 1 else stacked.detach()
 
 
 @torch.no_grad()
