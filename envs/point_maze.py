@@ -100,14 +100,11 @@ def nearest_walls(position: Tensor, solid: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         vectors (3, 2, B) from the nearest point of each box to the ball's centre, and which boxes are walls (3, B) bool.
     """
-    cell = position.floor().clamp_(0, SIDE - 1)
-    inside = position - cell
-    high = inside > 0.5
-    offset = inside - high.to(
-        position.dtype
-    )  # from the nearer side of the cell, per axis; its sign points away from it
-    x, y = cell.to(torch.int64)
-    beside_x, beside_y = torch.where(high, 1, -1) + cell.to(torch.int64)
+    face = position.round().clamp_(0, SIDE)
+    offset = position - face  # from the nearest faces of the grid; its sign says on which side the ball is
+    beyond = offset > 0
+    x, y = (face - (~beyond).to(face.dtype)).to(torch.int64)
+    beside_x, beside_y = (face - beyond.to(face.dtype)).to(torch.int64)
     walls = torch.stack(
         [_is_wall(solid, beside_x, y), _is_wall(solid, x, beside_y), _is_wall(solid, beside_x, beside_y)]
     )
@@ -178,15 +175,33 @@ def simulation_step(position: Tensor, velocity: Tensor, force: Tensor, solid: Te
     """
     velocity = velocity.clamp(-MAX_SPEED, MAX_SPEED)
     acceleration = (force - DAMPING * velocity) / MASS
+    if acceleration.is_cpu:
+        _push_back(acceleration, velocity, position, solid)
+    else:  # all rows, so that nothing waits for the device
+        acceleration = contact_acceleration(acceleration, velocity, *_contacts(position, solid))
+    velocity = torch.add(velocity, acceleration, alpha=TIMESTEP * MASS / (MASS + TIMESTEP * DAMPING))
+    return torch.add(position, velocity, alpha=TIMESTEP), velocity
+
+
+def _contacts(position: Tensor, solid: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors from the nearest walls (3, 2, B), and which are touched (3, B) bool."""
     vectors, walls = nearest_walls(position, solid)
-    touching = walls & (vectors.square().sum(1) < CONTACT**2)
-    if not touching.is_cpu:  # nothing waits for the device
-        acceleration = contact_acceleration(acceleration, velocity, vectors, touching)
-    elif len(rows := touching.any(0).nonzero()[:, 0]):
-        some = (acceleration[:, rows], velocity[:, rows], vectors[..., rows], touching[:, rows])
-        acceleration[:, rows] = contact_acceleration(*some)
-    velocity = velocity + TIMESTEP * MASS / (MASS + TIMESTEP * DAMPING) * acceleration
-    return position + TIMESTEP * velocity, velocity
+    return vectors, walls & (vectors.square().sum(1) < CONTACT**2)
+
+
+def _push_back(acceleration: Tensor, velocity: Tensor, position: Tensor, solid: Tensor) -> None:
+    """Add the acceleration by contacts in place, looking only at rows near a face of the grid."""
+    rows = ((position - position.round()).abs_() < CONTACT).any(0).nonzero()[:, 0]
+    if not len(rows):
+        return
+    vectors, touching = _contacts(position[:, rows], solid[rows])
+    hit = touching.any(0).nonzero()[:, 0]
+    if not len(hit):
+        return
+    rows = rows[hit]
+    acceleration[:, rows] = contact_acceleration(
+        acceleration[:, rows], velocity[:, rows], vectors[..., hit], touching[:, hit]
+    )
 
 
 def move(
@@ -206,12 +221,11 @@ def move(
 def background(codes: Tensor) -> Tensor:
     """Pictures without the agent, uint8 (B, 3, 64, 64), of layouts (B,) given as codes."""
     device = codes.device
-    pixel = (torch.arange(SIZE, device=device) - EDGE).div(CELL, rounding_mode="floor") + 1
-    cell = 6 * pixel[:, None] + pixel
-    is_wall = ((ring_code(codes)[:, None, None] >> cell) & 1).to(torch.uint8) * 255
+    cell = (torch.arange(SIZE, device=device) - EDGE).div(CELL, rounding_mode="floor") + 1  # of a row or column of pixels
+    grid = torch.arange(6, device=device)
+    is_wall = (ring_code(codes)[:, None, None] >> (6 * grid[:, None] + cell)) & 1 == 1  # (B, 6, 64): equal rows once
     floor, wall = (torch.tensor(colour, dtype=torch.uint8, device=device)[:, None, None] for colour in (FLOOR, WALL))
-    frames = is_wall[:, None] & (floor ^ wall)
-    return frames.bitwise_xor_(floor)
+    return torch.where(is_wall[:, None], wall, floor).index_select(2, cell)
 
 
 def draw_discs(frames: Tensor, position: Tensor) -> Tensor:
@@ -274,8 +288,8 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
 
     Observation: a dict. ``"state"``: ``observation`` float32 (B, 4) = (x, y, vx, vy), ``achieved_goal`` and
     ``desired_goal`` (B, 2) positions. ``"pixels"``: ``observation`` uint8 (B, 3, 64, 64), ``achieved_goal`` (the same
-    tensor), ``velocity`` float32 (B, 2), ``desired_goal`` the picture of the agent at the goal. Treat them as read-only: the
-    desired goals are shared between steps until a row is reset.
+    tensor), ``velocity`` float32 (B, 2), ``desired_goal`` the picture of the agent at the goal. Treat them as read-only:
+    the desired goals are shared between steps until a row is reset.
 
     Action: (B, 2) in [-1, 1], a force per axis (23.9 cells/s^2 at 1), held for ``action_repeat`` simulation steps of
     0.01 s; larger ones are clipped.
@@ -594,10 +608,9 @@ def observation_space(pixels: bool) -> spaces.Dict:
         picture = spaces.Box(0, 255, (3, SIZE, SIZE), np.uint8)
         keys = {"observation": picture, "achieved_goal": picture, "velocity": speed, "desired_goal": picture}
         return spaces.Dict(keys)
-    bounds = (np.concatenate([getattr(place, side), getattr(speed, side)]) for side in ("low", "high"))
-    return spaces.Dict(
-        {"observation": spaces.Box(*bounds, dtype=np.float32), "achieved_goal": place, "desired_goal": place}
-    )
+    low, high = (np.concatenate([getattr(place, side), getattr(speed, side)]) for side in ("low", "high"))
+    state = spaces.Box(low, high, dtype=np.float32)
+    return spaces.Dict({"observation": state, "achieved_goal": place, "desired_goal": place})
 
 
 class PointMazeEnv(gymnasium.Env):

@@ -3,14 +3,15 @@
 40 training layouts (the first 5 are the paper's, so 5, 10, 20 and 40 are nested), 40 held-out ones, and 5 layouts for each
 smallest edit distance 1 to 8 to the paper's five, drawn uniformly from all layouts that the generator can give. A trial is
 a start, the centre of a free cell, and a goal in the middle half of another free cell that is at least 5 steps away (3
-where the layout has no such pair). Run once; the list is shipped, so results stay comparable whatever becomes of the generator.
-A test checks that the script still gives the file.
+where the layout has no such pair). Run once; the list is shipped, so results stay comparable whatever becomes of the
+generator. A test checks that the script still gives the file.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ TRIALS, TRIALS_HELD_OUT, TRIALS_BUCKET = 50, 2, 4  # per layout
 BUCKET_LAYOUTS = 5
 
 
-def trials(layouts: list[str], each: int, *names: str | int) -> dict:
+def trials(layouts: Sequence[str], each: int, *names: str | int) -> dict:
     """``each`` trials on every layout; coordinates rounded to 1e-3."""
     rng = numpy_generator(0, NAME, *names)
     columns: dict[str, list] = {"seeds": [], "layout": [], "start": [], "goal": []}
@@ -61,7 +62,7 @@ def content() -> dict:
     buckets = []
     for wanted in BUCKETS:
         choice = np.flatnonzero(distance == wanted)
-        layouts = list(PUBLISHED) if wanted == 0 else [known[i] for i in rng.choice(choice, BUCKET_LAYOUTS, False)]
+        layouts = PUBLISHED if wanted == 0 else [known[i] for i in rng.choice(choice, BUCKET_LAYOUTS, False)]
         buckets.append(trials(layouts, TRIALS_BUCKET, "distance", wanted))
     return {
         "version": 1,

@@ -118,7 +118,8 @@ def flat_encoder(space: gymnasium.Space, where: str) -> Scale | OneHot:
 class Encoder(nn.Module):
     """Observation (tensor or dict, B rows) -> features (B, size).
 
-    Of a goal dict the keys ``observation`` and ``desired_goal`` are read, of another dict all keys in sorted order.
+    Of a goal dict ``observation``, further keys such as ``velocity`` in sorted order, and ``desired_goal`` are read, but not
+    ``achieved_goal``; of another dict all keys in sorted order.
     Images of equal size are joined along the channel axis (early fusion of observation and goal) and go through one
     :class:`ConvEncoder`; everything else is scaled or one-hot encoded and concatenated.
     """
@@ -126,7 +127,10 @@ class Encoder(nn.Module):
     def __init__(self, space: gymnasium.Space, *, rng: torch.Generator):
         super().__init__()
         spaces: Mapping[str, gymnasium.Space] = space.spaces if isinstance(space, Dict) else {"": space}
-        keys = ["observation", "desired_goal"] if "desired_goal" in spaces else sorted(spaces)
+        keys = sorted(spaces)
+        if "desired_goal" in spaces:
+            goal_keys = ("observation", "achieved_goal", "desired_goal")
+            keys = ["observation", *(k for k in keys if k not in goal_keys), "desired_goal"]
         shapes = {k: shape for k in keys if (shape := image_shape(spaces[k])) is not None}
         self.channels_last = {k for k in shapes if channels_last(spaces[k])}  # type: ignore[arg-type]
         self.flat_keys = [k for k in keys if k not in shapes]

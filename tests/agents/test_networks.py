@@ -72,6 +72,24 @@ def test_observation_and_goal_images_are_fused_and_the_achieved_goal_is_not_read
         assert not torch.equal(base, encoder({**obs, key: obs[key] + 200}))
 
 
+def test_further_keys_of_a_goal_dict_are_read_between_observation_and_goal() -> None:
+    image, speed = Box(0, 255, (3, 20, 20), np.uint8), Box(-6, 6, (2,), np.float32)
+    space = Dict(observation=image, achieved_goal=image, velocity=speed, desired_goal=image, angle=Box(-1, 1, (1,)))
+    encoder = Encoder(space, rng=torch.Generator().manual_seed(0))
+    assert encoder.flat_keys == ["angle", "velocity"] and encoder.image_keys == [["observation", "desired_goal"]]
+    obs = {k: torch.zeros(1, 3, 20, 20, dtype=torch.uint8) for k in ("observation", "achieved_goal", "desired_goal")}
+    obs |= {"velocity": torch.zeros(1, 2), "angle": torch.zeros(1, 1)}
+    base = encoder(obs)
+    assert not torch.equal(base, encoder({**obs, "velocity": torch.ones(1, 2)}))
+    assert torch.equal(base, encoder({**obs, "achieved_goal": obs["achieved_goal"] + 9}))
+
+
+def test_two_keys_give_the_network_they_always_gave() -> None:
+    place = Box(0, 4, (2,), np.float32)
+    encoder = Encoder(Dict(observation=place, achieved_goal=place, desired_goal=place), rng=torch.Generator())
+    assert encoder.flat_keys == ["observation", "desired_goal"]
+
+
 def test_images_and_vectors_are_joined() -> None:
     space = Dict(picture=Box(0, 255, (1, 20, 20), np.uint8), speed=Box(-1, 1, (3,), np.float32), keys=Discrete(2))
     encoder = Encoder(space, rng=torch.Generator())
