@@ -26,6 +26,7 @@ usage: clbench VERB [ARGUMENTS] [--traceback]
 
   run STREAM --agent AGENT [OPTIONS]   train and evaluate one agent on one stream
   report RUNS... [--out FILE]          one self-contained HTML page with plots and tables
+  data (list|info|make|import|export)  offline data: what there is, from and to Minari and OGBench
   list [KIND] [--json]                 agents, envs, streams, schedules, planners, methods, datasets
   check PLUGIN                         conformance suite on module:Class or a registered name
   bench envs [--json]                  speed beside the limit of the hardware
@@ -331,8 +332,15 @@ def _bench(arguments: Arguments) -> int:
     return 0
 
 
+def _data(arguments: Arguments) -> int:
+    from clbench.cli.data import data
+
+    return data(arguments, _parse)
+
+
 VERBS: dict[str, Callable[[Arguments], int]] = {
     "run": _run,
+    "data": _data,
     "report": _report,
     "list": _list,
     "check": _check,

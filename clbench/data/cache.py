@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.resources
 import os
 import re
 import sys
@@ -44,9 +45,9 @@ def cache_path(name: str, options: Mapping[str, Any], code: Iterable[str]) -> Pa
     """Where the data set ``name`` with these options is kept.
 
     Args:
-        code: modules (or ``module:attribute``) whose source the content depends on.
+        code: modules whose source the content depends on, and files in packages (``package/file.json``).
     """
-    sources = {module: _source_hash(module.partition(":")[0]) for module in code}
+    sources = {source: _source_hash(source) for source in code}
     libraries = {package: metadata.version(package) for package in ("numpy", "scipy", "torch")}
     key = content_hash([name, dict(options), sources, libraries])
     return data_folder() / "generated" / f"{safe_name(name)}-{key}.npz"
@@ -61,7 +62,7 @@ def cached(
         name: of the data set, without options.
         options: all that ``make`` depends on besides the name.
         transitions: size; below :data:`WORTH_IT` nothing is stored.
-        code: modules (or ``module:attribute``) that ``make`` runs.
+        code: modules that ``make`` runs, and files in packages that it reads (``package/file.json``).
     """
     if transitions < WORTH_IT:
         return make()
@@ -78,7 +79,11 @@ def cached(
     return data
 
 
-def _source_hash(module: str) -> str:
-    load_object(f"{module}:__name__")
-    file = sys.modules[module].__file__
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+def _source_hash(source: str) -> str:
+    package, _, file = source.rpartition("/")
+    if package:
+        content = importlib.resources.files(package).joinpath(file).read_bytes()
+    else:
+        load_object(f"{source}:__name__")
+        content = Path(sys.modules[source].__file__ or "").read_bytes()
+    return hashlib.sha256(content).hexdigest()

@@ -30,6 +30,13 @@ GENERATORS = {
     "two-rooms": "clbench.envs.two_rooms_data:two_rooms",
     "point-maze": "clbench.envs.point_maze_data:point_maze",
 }
+CODE = {  # what the numbers depend on; a cached file of other code is not read
+    "two-rooms": (__name__, "clbench.rng", "clbench.envs.two_rooms", "clbench.envs.two_rooms_data"),
+    "point-maze": (
+        __name__, "clbench.rng", "clbench.envs.point_maze", "clbench.envs.point_maze_data",
+        "clbench.streams.maze_layouts", "clbench.streams.lists/point_maze_v1.json",
+    ),
+}  # fmt: skip
 RENDERED = "clbench.envs.two_rooms_data:rendered"
 
 Trajectories = tuple[Tensor, Tensor]  # states (E, T + 1, 2), actions (E, T, 2)
@@ -59,7 +66,7 @@ def _two_rooms(recipe: Recipe) -> Callable[..., OfflineDataset]:
         load_object(GENERATORS["two-rooms"])(**check)  # its messages for options that are wrong
         data = cached(
             recipe.name, {"collision": collision, "seed": seed}, recipe.settings["transitions"],
-            lambda: _make_two_rooms(recipe, collision, seed), (__name__, GENERATORS["two-rooms"], RENDERED),
+            lambda: _make_two_rooms(recipe, collision, seed), CODE["two-rooms"],
         )  # fmt: skip
         return data if observation == "state" else _as_pixels(data)
 
@@ -163,7 +170,7 @@ def _point_maze(recipe: Recipe) -> Callable[..., OfflineDataset]:
         settings = {**recipe.settings, "observation": observation, "seed": derive_seed(seed, recipe.name)}
         return cached(
             recipe.name, {"observation": observation, "seed": seed}, recipe.settings["transitions"],
-            lambda: load_object(GENERATORS["point-maze"])(**settings), (__name__, GENERATORS["point-maze"]),
+            lambda: load_object(GENERATORS["point-maze"])(**settings), CODE["point-maze"],
         )  # fmt: skip
 
     return make

@@ -137,6 +137,27 @@ def load_stored_dataset(path: str | Path, device: Any = "cpu") -> OfflineDataset
         raise DataError(f"{path} has a broken header ({error!r}); make or copy the file again.") from error
 
 
+def dataset_checksum(dataset: OfflineDataset) -> str:
+    """SHA-256 of all numbers and of what they are called; the same for equal data, however they came about.
+
+    Names and metadata do not count, so that a data set that was exported and imported again can be recognised.
+    """
+    digest = hashlib.sha256()
+
+    def add(key: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for k in sorted(value):
+                add(f"{key}.{k}", value[k])
+        elif isinstance(value, Rendered):
+            add(f"{key}<{value.name}>", value.columns)
+        elif value is not None:
+            digest.update(f"{key}:{_checksum(value.detach().cpu().numpy())}\n".encode())
+
+    for part in ("observations", "final_observations", "actions", "lengths", "task"):
+        add(part, getattr(dataset, part))
+    return digest.hexdigest()
+
+
 def _checksum(array: np.ndarray) -> str:
     described = f"{array.dtype.name}{array.shape}".encode()
     return hashlib.sha256(described + np.ascontiguousarray(array).tobytes()).hexdigest()
