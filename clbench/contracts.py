@@ -377,8 +377,30 @@ class Agent(ABC):
         """Continue exactly where :meth:`state_dict` was taken. Must not keep references to ``state``'s tensors."""
 
 
+class Stepper(Protocol):
+    """Resident buffers in which a world model moves ``rows`` latents: the fast path of planning.
+
+    A world model offers it by a method ``stepper(rows)``, called anew for each plan, so that the weights are those of that
+    moment. With an optional keyword ``dtype`` it computes in that precision. See :mod:`clbench.planners.steppers` for
+    building blocks. An optional method ``pack()`` copies the weights again, in place.
+    """
+
+    def load(self, z: torch.Tensor) -> None:
+        """Begin at latents (rows, *latent)."""
+        ...
+
+    def step(self, action: torch.Tensor) -> torch.Tensor:
+        """(rows, A) -> the next latents (rows, *latent): a view that is valid until the next step."""
+        ...
+
+
 class WorldModel(Protocol):
-    """A learned model of the environment in a latent space. Planners see this and nothing else."""
+    """A learned model of the environment in a latent space. Planners see this and nothing else.
+
+    Latents have any shape. Actions are in the units of the environment. The members of an ensemble are the first axis of
+    the latent: ``encode`` repeats over them and ``predict`` moves each by its own network. An optional method
+    ``stepper(rows) -> Stepper`` makes planning fast.
+    """
 
     def encode(self, obs: Any) -> torch.Tensor:
         """(B, ...) -> (B, D...)."""
@@ -390,10 +412,14 @@ class WorldModel(Protocol):
 
 
 class Objective(Protocol):
-    """A cost to be minimised, accumulated inside the rollout."""
+    """A cost to be minimised, accumulated inside the rollout.
+
+    Where it holds data per environment (goals), an optional method ``select(rows) -> Objective`` (rows: a slice or int64
+    indices) gives the objective of some environments; without it all are rolled out together.
+    """
 
     def __call__(self, z: torch.Tensor, step: int) -> torch.Tensor:
-        """(B, K, D) after ``step`` actions -> cost (B, K)."""
+        """(B, K, D) after ``step`` actions (1 after the first) -> cost (B, K)."""
         ...
 
 
@@ -403,5 +429,8 @@ class Planner(Protocol):
     def plan(
         self, model: WorldModel, z: torch.Tensor, objective: Objective, memory: Any, *, rng: torch.Generator
     ) -> tuple[torch.Tensor, Any]:
-        """Latents (B, D) -> (actions (B, H, A), memory for the warm start)."""
+        """Latents (B, D) -> (actions (B, H, A), memory for the warm start).
+
+        ``memory`` is ``None`` at first, then what the last call returned; the planner changes neither it nor ``z``.
+        """
         ...
