@@ -47,7 +47,8 @@ class GoalDistance:
             raise ConfigError(
                 f"reduce='last' needs the horizon of the planner (a positive number of steps), got {horizon}."
             )
-        self.goal, self.reduce, self.features, self.sign = goal, reduce, features, sign
+        self.goal, self.features, self.sign = goal, features, sign
+        self.reduce: Literal["sum", "last"] = reduce
         self.horizon = horizon if reduce == "last" else None
         self._target = (goal if features is None else features(goal))[:, None]
         self._scale = sign / math.prod(self._target.shape[2:])

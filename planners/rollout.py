@@ -198,8 +198,9 @@ def check_memory(z: Tensor, horizon: int, samples: int, action_size: int, *, blo
     if available is not None and need > available:
         raise ConfigError(
             f"Planning for {envs} environments with {samples} samples and {horizon} distinct actions of "
-            f"{action_size} numbers would need about {_size(need)} ({_size(sequences)} for action sequences, {_size(latents)} for latents), but "
-            f"{_size(available)} are free on {z.device}: lower samples or horizon, raise action_repeat, or plan for fewer "
+            f"{action_size} numbers would need about {_size(need)} ({_size(sequences)} for action sequences, "
+            f"{_size(latents)} for latents), but {_size(available)} are free on {z.device}: lower samples or horizon, "
+            "raise action_repeat, or plan for fewer "
             "environments at once."
         )
 
