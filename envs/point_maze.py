@@ -59,7 +59,7 @@ ACTION_REPEAT = 4
 SUCCESS = 0.5  # distance to the goal
 JITTER, GOAL_HALF = 0.1, 0.25  # around the centre of a cell: starts, goals
 GAP = 0.02  # starts and goals to the nearest wall, at least
-SPEED_BOUND = 6.0  # of the observation space: a step adds at most 0.24 to the clipped speed
+SPEED_BOUND = 8.0  # of the observation space; 7.4 is the speed along the diagonal, which a corner may turn
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
 SIZE, CELL, EDGE = 64, 14, 4  # 4 cells of 14 pixels, and 4 pixels of the ring on each side
@@ -116,7 +116,7 @@ def nearest_walls(position: Tensor, solid: Tensor) -> tuple[Tensor, Tensor]:
 def wall_distance(position: Tensor, solid: Tensor) -> Tensor:
     """Distance (B,) of points (2, B) to the nearest wall of their quarter cell: 0 inside walls, inf if there is none."""
     vectors, walls = nearest_walls(position, solid)
-    distance = torch.where(walls, vectors.norm(dim=1), math.inf).amin(0)
+    distance = torch.where(walls, _length(vectors), math.inf).amin(0)
     x, y = position.floor().clamp(-1, SIDE).nan_to_num(-1).to(torch.int64)
     return torch.where(_is_wall(solid, x, y) | ~torch.isfinite(position).all(0), 0.0, distance)
 
@@ -139,26 +139,37 @@ def contact_acceleration(free: Tensor, velocity: Tensor, vectors: Tensor, touchi
         vectors: (3, 2, B), see :func:`nearest_walls`.
         touching: (3, B) bool.
     """
-    distance = vectors.norm(dim=1)
-    normal = vectors / distance.clamp(min=1e-12)[:, None]
+    distance = _length(vectors)
+    nx, ny = (vectors / distance.clamp(min=1e-12)[:, None]).unbind(1)  # (3, B) each
     depth = distance - CONTACT
     least, largest, width = IMPEDANCE
     x = (depth.abs() / width).clamp(max=1)
     impedance = least + (largest - least) * torch.where(x <= 0.5, 2 * x**2, 1 - 2 * (1 - x) ** 2)
-    reference = -CONTACT_DAMPING * (normal * velocity).sum(1) - STIFFNESS * impedance * depth
+    reference = -CONTACT_DAMPING * (nx * velocity[0] + ny * velocity[1]) - STIFFNESS * impedance * depth
     weight = torch.where(touching, impedance / ((1 - impedance) * INVERSE_WEIGHT), 0.0)
 
-    subsets = torch.tensor([[s >> i & 1 for i in range(3)] for s in range(8)], dtype=free.dtype, device=free.device)
-    nx, ny = normal[:, 0], normal[:, 1]
-    xx, xy, yy = MASS + subsets @ (weight * nx**2), subsets @ (weight * nx * ny), MASS + subsets @ (weight * ny**2)
-    right_x = MASS * free[0] + subsets @ (weight * nx * reference)
-    right_y = MASS * free[1] + subsets @ (weight * ny * reference)
+    subset = torch.arange(8, device=free.device)[:, None]
+    members = [(subset >> i & 1).to(free.dtype) for i in range(3)]  # (8, 1) each
+
+    def over_subsets(terms: Tensor) -> Tensor:  # (3, B) -> (8, B); no matmul, whose rounding depends on B
+        return members[0] * terms[0] + members[1] * terms[1] + members[2] * terms[2]
+
+    xx, yy = MASS + over_subsets(weight * nx**2), MASS + over_subsets(weight * ny**2)
+    xy = over_subsets(weight * nx * ny)
+    right_x = MASS * free[0] + over_subsets(weight * nx * reference)
+    right_y = MASS * free[1] + over_subsets(weight * ny * reference)
     determinant = xx * yy - xy**2
     ax, ay = (yy * right_x - xy * right_y) / determinant, (xx * right_y - xy * right_x) / determinant  # (8, B)
-    violation = (nx[:, None] * ax + ny[:, None] * ay - reference[:, None]).clamp(max=0)  # (3, 8, B)
-    cost = MASS * ((ax - free[0]) ** 2 + (ay - free[1]) ** 2) + (weight[:, None] * violation**2).sum(0)
+    cost = MASS * ((ax - free[0]) ** 2 + (ay - free[1]) ** 2)
+    for i in range(3):
+        cost += weight[i] * (nx[i] * ax + ny[i] * ay - reference[i]).clamp(max=0) ** 2
     best = cost.argmin(0, keepdim=True)
     return torch.cat([ax.gather(0, best), ay.gather(0, best)])
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """(3, 2, B) -> (3, B); rounded the same way whatever B."""
+    return (vectors[:, 0] ** 2 + vectors[:, 1] ** 2).sqrt()
 
 
 def simulation_step(position: Tensor, velocity: Tensor, force: Tensor, solid: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,14 +190,14 @@ def simulation_step(position: Tensor, velocity: Tensor, force: Tensor, solid: Te
         _push_back(acceleration, velocity, position, solid)
     else:  # all rows, so that nothing waits for the device
         acceleration = contact_acceleration(acceleration, velocity, *_contacts(position, solid))
-    velocity = torch.add(velocity, acceleration, alpha=TIMESTEP * MASS / (MASS + TIMESTEP * DAMPING))
-    return torch.add(position, velocity, alpha=TIMESTEP), velocity
+    velocity = velocity + TIMESTEP * MASS / (MASS + TIMESTEP * DAMPING) * acceleration
+    return position + TIMESTEP * velocity, velocity
 
 
 def _contacts(position: Tensor, solid: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors from the nearest walls (3, 2, B), and which are touched (3, B) bool."""
     vectors, walls = nearest_walls(position, solid)
-    return vectors, walls & (vectors.square().sum(1) < CONTACT**2)
+    return vectors, walls & (_length(vectors) < CONTACT)
 
 
 def _push_back(acceleration: Tensor, velocity: Tensor, position: Tensor, solid: Tensor) -> None:
@@ -221,7 +232,9 @@ def move(
 def background(codes: Tensor) -> Tensor:
     """Pictures without the agent, uint8 (B, 3, 64, 64), of layouts (B,) given as codes."""
     device = codes.device
-    cell = (torch.arange(SIZE, device=device) - EDGE).div(CELL, rounding_mode="floor") + 1  # of a row or column of pixels
+    cell = (torch.arange(SIZE, device=device) - EDGE).div(
+        CELL, rounding_mode="floor"
+    ) + 1  # of a row or column of pixels
     grid = torch.arange(6, device=device)
     is_wall = (ring_code(codes)[:, None, None] >> (6 * grid[:, None] + cell)) & 1 == 1  # (B, 6, 64): equal rows once
     floor, wall = (torch.tensor(colour, dtype=torch.uint8, device=device)[:, None, None] for colour in (FLOOR, WALL))

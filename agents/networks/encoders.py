@@ -118,7 +118,7 @@ def flat_encoder(space: gymnasium.Space, where: str) -> Scale | OneHot:
 class Encoder(nn.Module):
     """Observation (tensor or dict, B rows) -> features (B, size).
 
-    Of a goal dict ``observation``, further keys such as ``velocity`` in sorted order, and ``desired_goal`` are read, but not
+    Of a goal dict ``observation``, further keys (such as ``velocity``) in sorted order, and ``desired_goal`` are read, not
     ``achieved_goal``; of another dict all keys in sorted order.
     Images of equal size are joined along the channel axis (early fusion of observation and goal) and go through one
     :class:`ConvEncoder`; everything else is scaled or one-hot encoded and concatenated.
