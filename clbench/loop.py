@@ -22,6 +22,7 @@ import torch
 
 from clbench.contracts import Agent, Experience, Phase, Spaces, Stream, Task, TaskInfo, VectorEnv
 from clbench.data.dataset import OfflineDataset
+from clbench.data.fit import check_fits
 from clbench.data.registry import load_dataset
 from clbench.envs.concat import concat
 from clbench.envs.make import make_env
@@ -277,6 +278,8 @@ class Loop:
         else:
             self.directory.eval.restart()
             self.directory.train.restart()
+            with sealed_global_rng():
+                self._load(self.stream.phases[0])  # data that do not fit are better known before the first evaluation
         try:
             self._evaluate_between_segments()
             while self.position.segment < len(self.segments):
@@ -444,12 +447,10 @@ class Loop:
     def _experience(self, phase: Phase) -> tuple[Experience, MeteredEnv | None]:
         """New objects for every segment, so that identity reveals nothing. Draws nothing from the agent's generators, as
         a resumed run makes them at other moments."""
-        requires, tasks = type(self.agent).requires, [self.stream.task(n) for n in phase.tasks]
-        with_data = all(t.dataset_id for t in tasks) and ("dataset" in requires or "env" not in requires)
-        with_env = "env" in requires or not with_data
+        tasks, parts = [self.stream.task(n) for n in phase.tasks], self._load(phase)
+        with_env = "env" in type(self.agent).requires or not parts
         dataset, env = None, None
-        if with_data:
-            parts = [self._dataset(t) for t in tasks]
+        if parts:
             dataset = copy.copy(parts[0]) if len(parts) == 1 else OfflineDataset.concatenate(parts)
         if with_env:
             rows = [
@@ -464,12 +465,19 @@ class Loop:
             env = MeteredEnv(envs[0] if len(envs) == 1 else concat(envs), self.agent_name, self._reveals_task)
         return Experience(dataset, env), env  # type: ignore[arg-type]
 
+    def _load(self, phase: Phase) -> list[OfflineDataset]:
+        """The data sets of a phase, one per task; none where the agent learns from an environment alone."""
+        requires, tasks = type(self.agent).requires, [self.stream.task(n) for n in phase.tasks]
+        with_data = all(t.dataset_id for t in tasks) and ("dataset" in requires or "env" not in requires)
+        return [self._dataset(t) for t in tasks] if with_data else []
+
     def _dataset(self, task: Task) -> OfflineDataset:
         assert task.dataset_id is not None
         if task.name not in self._datasets:
             revealed = self.stream.tasks.index(task) if self._reveals_task else None
             with blame(f"data set {task.dataset_id}", "load"):
                 data = load_dataset(task.dataset_id, self.device).with_task(revealed)
+            check_fits(data, self.spaces, f"Data set {task.dataset_id!r} of task {task.name!r}")
             if not self._reveals_task:  # its id says which task it is
                 data.name, data.metadata = "dataset", {}
             self._datasets[task.name] = data

@@ -231,7 +231,7 @@ def test_files_name_renderers_and_bring_no_code(tmp_path: Path) -> None:
     for column in header["layout"]["observations"]["keys"].values():
         column["renderer"] = "os:system"
     rewrite(path, layout=header["layout"])
-    with pytest.raises(DataError, match=r"names the unknown renderer 'os:system'; known: \['two-rooms'"):
+    with pytest.raises(DataError, match=r"names the unknown renderer 'os:system'; known: \['point-maze', 'two-rooms'"):
         load_stored_dataset(path)
 
 
