@@ -78,17 +78,34 @@ class StateEncoder(nn.Module):
     """State (N, n) -> (N, sizes[-1]): Linear, LayerNorm, activation per layer; the last has no activation.
 
     With sizes (32, 256) and Mish on the (x, y) of an ant it is PLDM's encoder of 9,120 parameters.
+
+    Args:
+        n: numbers in a state.
+        sizes: of the layers.
+        frequencies: F > 0 appends the sines and cosines of ``pi 2^k x / 2``, k = 0..F-1, to the (standardised) state x:
+            a plain MLP is too smooth to put the two sides of a thin wall apart (Tancik et al. 2020, "Fourier Features Let
+            Networks Learn High Frequency Functions in Low Dimensional Domains").
+        activation: after each layer but the last.
+        output_norm: end with LayerNorm.
     """
 
-    def __init__(self, n: int, sizes: Sequence[int], *, activation: str = "mish", output_norm: bool = True):
+    def __init__(
+        self, n: int, sizes: Sequence[int], *, frequencies: int = 0, activation: str = "mish", output_norm: bool = True
+    ):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
+        self.frequencies = frequencies
+        n += 2 * n * frequencies
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip((n, *sizes[:-1]), sizes, strict=True))
         self.norms = nn.ModuleList(nn.LayerNorm(b) for b in sizes[:-1])
         self.norm = nn.LayerNorm(sizes[-1]) if output_norm else None
         self.shape: Shape = (sizes[-1],)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.frequencies:
+            scale = torch.pi * 2.0 ** torch.arange(-1, self.frequencies - 1, device=x.device)
+            phase = (x[..., None] * scale).flatten(-2)
+            x = torch.cat([x, phase.sin(), phase.cos()], -1)
         for layer, norm in zip(self.layers, self.norms, strict=False):
             x = self.activation(norm(layer(x)))
         x = self.layers[-1](x)

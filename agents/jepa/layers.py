@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from clbench.errors import ConfigError
+
 ACTIVATIONS = {
     "relu": nn.functional.relu,
     "gelu": nn.functional.gelu,
@@ -74,7 +76,7 @@ class StackedGRU(nn.Module):
         gates = torch.sigmoid(of_x[..., : 2 * size] + of_h[..., : 2 * size])
         reset, update = gates[..., :size], gates[..., size:]
         new = torch.tanh(torch.addcmul(of_x[..., 2 * size :], reset, of_h[..., 2 * size :]))
-        return torch.lerp(new, h, update)
+        return new + update * (h - new)  # not lerp: under autocast h and new differ in precision
 
     def affine(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Weights (3D, n_in), (3D, D) and biases (3D,), (3D,) of input and hidden state; with E in front if E > 1."""
@@ -158,7 +160,12 @@ def initialise(module: nn.Module, rng: torch.Generator) -> None:
 
     Uniform in +-1/sqrt(fan_in), or +-1/sqrt(size) for a GRU: the defaults of torch, which the published models used
     (kaiming_uniform with a = sqrt(5)). Gains of norms are 1, their offsets 0.
+
+    Raises:
+        ConfigError: the module has buffers, whose values would be lost.
     """
+    if next(module.buffers(), None) is not None:
+        raise ConfigError(f"{type(module).__name__} is initialised from a generator and must not have buffers.")
     module.to_empty(device="cpu")
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d | StackedLinear | StackedGRU):

@@ -27,8 +27,9 @@ from clbench.agents.jepa.encoders import ImpalaEncoder, MazeEncoder, StateEncode
 from clbench.agents.jepa.layers import ACTIVATIONS, Standardise, StandardiseImage, initialise
 from clbench.agents.jepa.predictors import GRUPredictor, MazePredictor, MLPPredictor
 from clbench.agents.networks.encoders import channels_last, image_shape
-from clbench.contracts import Spaces
+from clbench.contracts import Spaces, Stepper
 from clbench.errors import ConfigError
+from clbench.planners.steppers import PredictStepper
 
 GOAL_KEYS = ("achieved_goal", "desired_goal")
 
@@ -43,6 +44,7 @@ class Architecture:
         members: predictors in the ensemble; by default 5 for ``state-ensemble`` and 1 for the others.
         latent: numbers in the embedding.
         encoder_hidden: hidden layers of the encoder of states.
+        frequencies: Fourier features of the encoder of states, 0 for none.
         channels, kernels, strides: of the convolutions of the encoder of images.
         predictor: ``mlp`` or ``gru`` (which has no place for a context).
         hidden: hidden layers of the MLP predictor.
@@ -56,6 +58,7 @@ class Architecture:
     members: int | None = None
     latent: int = 64
     encoder_hidden: tuple[int, ...] = (256,)
+    frequencies: int = 4
     channels: tuple[int, ...] = (16, 32, 32)
     kernels: tuple[int, ...] = (5, 3, 3)
     strides: tuple[int, ...] = (4, 2, 2)
@@ -73,6 +76,8 @@ class Architecture:
             )
         if self.members is not None and self.members < 1:
             raise ConfigError(f"members must be at least 1, got {self.members}.")
+        if self.frequencies < 0:
+            raise ConfigError(f"frequencies must be at least 0, got {self.frequencies}.")
         if self.predictor not in ("mlp", "gru"):
             raise ConfigError(f"predictor must be 'mlp' or 'gru', got {self.predictor!r}.")
         if self.activation not in ACTIVATIONS:
@@ -223,7 +228,9 @@ class LatentModel(nn.Module):
             return StateEncoder(size, (32, 256))
         if self.image is None:
             sizes = (*a.encoder_hidden, a.latent)
-            return StateEncoder(size, sizes, activation=a.activation, output_norm=a.output_norm)
+            return StateEncoder(
+                size, sizes, frequencies=a.frequencies, activation=a.activation, output_norm=a.output_norm
+            )
         return StridedEncoder(
             self.image, channels=a.channels, kernels=a.kernels, strides=a.strides, size=a.latent, activation=a.activation,
             output_norm=a.output_norm,
@@ -312,7 +319,7 @@ class LatentModel(nn.Module):
         return torch.cat([embedding, beside], 1)
 
     def _goal_part(self, obs: Any, key: str | None) -> Tensor:
-        x = obs if key is None or not isinstance(obs, Mapping) else obs[key]
+        x = obs if key is None or not isinstance(obs, Mapping) else _part(obs, key)
         if tuple(x.shape[1:]) != self._goal_shape:
             raise ConfigError(
                 f"The world model encodes observations of shape {self._goal_shape}, got {tuple(x.shape[1:])}."
@@ -322,7 +329,13 @@ class LatentModel(nn.Module):
         return x.movedim(-1, 1) if self._channels_last else x
 
     def _raw_context(self, obs: Any) -> Tensor:
-        return torch.cat([obs[k].flatten(1).to(torch.float32) for k in self.keys.context], 1)
+        context = torch.cat([_part(obs, k).flatten(1).to(torch.float32) for k in self.keys.context], 1)
+        if context.shape[1] != self.context_dim:
+            raise ConfigError(
+                f"The context {list(self.keys.context)} has {self.context_dim} numbers, but the observation has "
+                f"{context.shape[1]}."
+            )
+        return context
 
     def _repeat(self, z: Tensor) -> Tensor:
         return z if self.members == 1 else z[:, None].expand(len(z), *self.latent_shape)
@@ -343,6 +356,16 @@ class LatentModel(nn.Module):
         z = self.predictor(z, self.normalise_actions(action.reshape(-1, self.action_dim)))
         z = z[0] if self.members == 1 else z.transpose(0, 1)
         return z.reshape(*lead, *self.latent_shape)
+
+    def stepper(self, rows: int, *, dtype: torch.dtype | None = None) -> Stepper:
+        """``predict`` for ``rows`` latents in resident buffers, with the weights of this moment.
+
+        The action's standardisation is folded into the first layer. Convolutions have no such form and are moved by
+        ``predict``.
+        """
+        if isinstance(self.predictor, MazePredictor):
+            return PredictStepper(self)
+        return self.predictor.stepper(rows, self.normalise_actions, dtype)
 
     def rollout(self, z0: Tensor, actions: Tensor) -> Tensor:
         """Autoregressive predictions from the first latent, differentiable throughout.
@@ -373,6 +396,13 @@ class LatentModel(nn.Module):
     def _check_action(self, action: Tensor) -> None:
         if action.ndim == 0 or action.shape[-1] != self.action_dim:
             raise ConfigError(f"The world model takes actions of {self.action_dim} numbers, got {tuple(action.shape)}.")
+
+
+def _part(obs: Any, key: str) -> Tensor:
+    if not isinstance(obs, Mapping) or key not in obs:
+        found = sorted(obs) if isinstance(obs, Mapping) else "a tensor"
+        raise ConfigError(f"The world model needs the key {key!r} of the observation, got {found}.")
+    return obs[key]
 
 
 def _action_size(space: gymnasium.Space) -> int:

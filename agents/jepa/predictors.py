@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from clbench.agents.jepa.layers import ACTIVATIONS, StackedGRU, StackedLayerNorm, StackedLinear
+from clbench.agents.jepa.layers import ACTIVATIONS, StackedGRU, StackedLayerNorm, StackedLinear, Standardise
+from clbench.contracts import Stepper
+from clbench.planners.steppers import GRUStepper, MLPStepper, Norm, fold_action_scale
 
 
 class MLPPredictor(nn.Module):
@@ -39,8 +41,8 @@ class MLPPredictor(nn.Module):
         self.embedding, self.activation_name = embedding, activation
         self.activation = ACTIVATIONS[activation]
         self.residual, self.norm, self.context_norm = residual, norm, context_norm
-        size = embedding + context
-        sizes = (size + action, *hidden, size)
+        self.size = embedding + context
+        sizes = (self.size + action, *hidden, self.size)
         self.layers = nn.ModuleList(StackedLinear(members, a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
         self.norms = nn.ModuleList(StackedLayerNorm(members, n) if hidden_norm else nn.Identity() for n in hidden)
 
@@ -59,6 +61,46 @@ class MLPPredictor(nn.Module):
         context = nn.functional.layer_norm(context, context.shape[-1:]) if self.context_norm else context
         return torch.cat([embedding, context], -1)
 
+    def stepper(self, rows: int, actions: Standardise, dtype: torch.dtype | None) -> Stepper:
+        """The same step in resident buffers, for actions before ``actions`` standardises them."""
+
+        def affines() -> list[tuple[Tensor, Tensor | None]]:
+            first, *rest = [m.affine() for m in self.layers if isinstance(m, StackedLinear)]
+            return [fold_action_scale(first, actions.mean, actions.scale), *rest]
+
+        def norms() -> list[Norm | None]:
+            return [_norm(*m.affine(), dtype) for m in self.norms if isinstance(m, StackedLayerNorm)]
+
+        hidden_norm = any(isinstance(m, StackedLayerNorm) for m in self.norms)
+        whole = self.size == self.embedding and self.norm is not None
+        stepper = MLPStepper(
+            rows, affines, latent=self.size, activation=self.activation_name, norms=norms if hidden_norm else None,
+            residual=self.residual, final_norm=(lambda: _tied(self.norm, dtype)) if whole else None, dtype=dtype,
+        )  # fmt: skip
+        return stepper if whole or (self.norm is None and not self.context_norm) else _FinishedStepper(stepper, self)
+
+
+class _FinishedStepper:
+    """A stepper whose latents are finished by norms of their parts."""
+
+    def __init__(self, stepper: MLPStepper, predictor: MLPPredictor):
+        self._stepper, self._predictor = stepper, predictor
+
+    def pack(self) -> None:
+        self._stepper.pack()
+
+    def load(self, z: Tensor) -> None:
+        self._stepper.load(z)
+
+    def step(self, action: Tensor) -> Tensor:
+        z = self._stepper.step(action)
+        embedding, context = z[..., : self._predictor.embedding], z[..., self._predictor.embedding :]
+        if (norm := _tied(self._predictor.norm, z.dtype)) is not None:
+            embedding.copy_(nn.functional.layer_norm(embedding, embedding.shape[-1:], *norm))
+        if self._predictor.context_norm:
+            context.copy_(nn.functional.layer_norm(context, context.shape[-1:]))
+        return z
+
 
 class GRUPredictor(nn.Module):
     """A GRU cell whose hidden state is z and whose input is the action, then the encoder's LayerNorm (tied weights).
@@ -74,6 +116,16 @@ class GRUPredictor(nn.Module):
     def forward(self, z: Tensor, action: Tensor) -> Tensor:
         z = self.cell(z, action.expand(len(z), *action.shape))
         return z if self.norm is None else self.norm(z)
+
+    def stepper(self, rows: int, actions: Standardise, dtype: torch.dtype | None) -> Stepper:
+        """The same step in resident buffers, for actions before ``actions`` standardises them."""
+
+        def weights() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            (of_action, of_z), (bias_action, bias_z) = self.cell.affine()
+            of_action, bias = fold_action_scale((of_action, bias_action), actions.mean, actions.scale)
+            return of_action, of_z, bias_action if bias is None else bias, bias_z
+
+        return GRUStepper(rows, weights, norm=(lambda: _tied(self.norm, dtype)) if self.norm else None, dtype=dtype)
 
 
 class MazePredictor(nn.Module):
@@ -97,3 +149,11 @@ class MazePredictor(nn.Module):
         planes = action[:, :, None, None].expand(-1, -1, *z.shape[-2:])
         changes = [member(torch.cat([zi, planes], 1)) for member, zi in zip(self.members, z, strict=True)]
         return z + torch.stack(changes)
+
+
+def _norm(weight: Tensor, bias: Tensor, dtype: torch.dtype | None, eps: float = 1e-5) -> Norm:
+    return (weight, bias, eps) if dtype is None else (weight.to(dtype), bias.to(dtype), eps)
+
+
+def _tied(norm: nn.LayerNorm | None, dtype: torch.dtype | None) -> Norm | None:
+    return None if norm is None else _norm(norm.weight.detach(), norm.bias.detach(), dtype, norm.eps)
