@@ -119,7 +119,7 @@ def _disc(rng: np.random.Generator, radius: float, shape: tuple[int, ...]) -> np
 
 
 def _float32(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.float32))
+    return torch.from_numpy(array.astype(np.float32, order="C"))
 
 
 def _roll(position: Tensor, velocity: Tensor, actions: Tensor, layout: Tensor) -> Tensor:
