@@ -18,6 +18,8 @@ from clbench.agents.networks.mlp import count_parameters
 from clbench.config import build
 from clbench.contracts import Spaces
 from clbench.errors import ConfigError
+from clbench.planners.objectives import GoalDistance, Uncertainty
+from clbench.planners.rollout import rollout
 
 
 def vector(n: int) -> Box:
@@ -368,6 +370,50 @@ def test_training_under_autocast(name: str) -> None:
     assert not torch.equal(rough.float(), exact)
     assert float((rough.float() - exact).detach().norm() / exact.detach().norm()) < 0.1
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+class PredictOnly:
+    """The model as a planner sees it without the fast path."""
+
+    def __init__(self, model: LatentModel):
+        self.encode, self.predict = model.encode, model.predict
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_planners_see_the_same_costs_with_and_without_resident_buffers(name: str) -> None:
+    model, obs, _ = fitted(name)
+    with torch.no_grad():
+        z, goal = model.encode(obs), model.encode(obs).flip(0)
+    actions = torch.randn(3, 6, 5, model.action_dim, generator=generator(3)) * 0.2 + 0.5
+    objective = GoalDistance(goal, features=model.goal_features)
+    costs = rollout(model, z, actions, objective)
+    torch.testing.assert_close(costs, rollout(PredictOnly(model), z, actions, objective), rtol=1e-3, atol=1e-4)
+    assert float(costs.std(1).min()) > 1e-6, "actions matter"
+    plain = GoalDistance(goal)
+    whole = rollout(model, z, actions, plain)
+    assert torch.allclose(costs, whole) == (model.context_dim == 0), "the context is left out of the distance"
+    if model.members > 1:
+        spread = Uncertainty(weight=1.0)
+        doubts = rollout(model, z, actions, spread)
+        assert float(doubts.min()) > 0
+        torch.testing.assert_close(doubts, rollout(PredictOnly(model), z, actions, spread), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_on_the_gpu(name: str) -> None:
+    model, obs, action = fitted(name)
+    with torch.no_grad():
+        z = model.encode(obs)
+        expected = model.predict(z, action)
+        model = model.to("cuda")
+        obs = {k: v.cuda() for k, v in obs.items()} if isinstance(obs, dict) else obs.cuda()
+        torch.testing.assert_close(model.encode(obs).cpu(), z, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(model.predict(z.cuda(), action.cuda()).cpu(), expected, rtol=1e-2, atol=1e-2)
+        stepper = model.stepper(6)
+        stepper.load(z.cuda())
+        torch.testing.assert_close(stepper.step(action.cuda()).cpu(), expected, rtol=1e-2, atol=1e-2)
 
 
 # -- goals and context ---------------------------------------------------------------------------------------------------
