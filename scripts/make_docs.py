@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import datetime
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -178,6 +179,25 @@ def two_rooms_statistics() -> str:
     return head + table(("data", "`kappa`", "`collision`", *(f"`{k}`" for k in STATISTICS)), rows)
 
 
+def point_maze_statistics() -> str:
+    """Measured statistics of the PointMaze data."""
+    from clbench.envs.point_maze_data import point_maze, statistics
+
+    counts, columns = (5, 40), ("action_sd", "velocity_sd", "cells", "coverage", "touching", "nearest")
+    found = [statistics(point_maze(layouts=n, transitions=TRANSITIONS)) for n in counts]
+    rows = [(n, *(f"{values[k]:.4g}" for k in columns)) for n, values in zip(counts, found, strict=True)]
+    head = f"`point_maze(layouts=..., transitions={TRANSITIONS})`, otherwise defaults (seed 0):\n\n"
+    return head + table(("`layouts`", *(f"`{k}`" for k in columns)), rows)
+
+
+def point_maze_physics() -> str | None:
+    """What scripts/check_point_maze_physics.py prints; ``None`` without MuJoCo."""
+    path = ROOT / "scripts" / "check_point_maze_physics.py"
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
+    rows = [line.rsplit(": ", 1) for line in done.stdout.splitlines()]
+    return table(("compared", "result"), rows) if rows else None
+
+
 def demo_results(folder: Path) -> str:
     """The table of the demo's report, and what it was measured with."""
     from clbench.records import read_json
@@ -213,8 +233,12 @@ CHEAP: dict[str, Callable[[], str]] = {
     "usage": usage,
     "mistakes": mistakes,
 }
-COSTLY: dict[str, Callable[[], str]] = {"two-rooms-statistics": two_rooms_statistics}
-BY_HAND = ("demo-results",)  # written with --demo only
+COSTLY: dict[str, Callable[[], str]] = {
+    "two-rooms-statistics": two_rooms_statistics,
+    "point-maze-statistics": point_maze_statistics,
+}
+# written with --demo only, or where MuJoCo is installed; its version and the machine decide about the last digits
+BY_HAND = ("demo-results", "point-maze-physics")
 
 
 def part(name: str) -> Callable[[], str] | None:
@@ -274,6 +298,8 @@ def main() -> int:
     def make(name: str) -> str | None:
         if name == "demo-results" and arguments.demo is not None:
             return demo_results(arguments.demo)
+        if name == "point-maze-physics":
+            return point_maze_physics()
         return part_or_none(name)
 
     for path in pages():
