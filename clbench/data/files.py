@@ -107,7 +107,7 @@ def _minari(path: Path) -> Callable[..., OfflineDataset]:
 
 
 def _ogbench(path: Path) -> Callable[..., OfflineDataset]:
-    def read(*, achieved_goal: str | None = None, keys: tuple[str, ...] = (), split: str = "train") -> OfflineDataset:
+    def read(*, achieved_goal: str = "auto", keys: tuple[str, ...] = (), split: str = "train") -> OfflineDataset:
         return read_ogbench(path, achieved_goal=achieved_goal, keys=keys, split=split)
 
     return read

@@ -29,15 +29,15 @@ CHUNK = 4096  # rows that are drawn at once
 
 
 def read_ogbench(
-    path: str | Path, *, achieved_goal: str | None = None, keys: Sequence[str] = (), split: str = "train"
+    path: str | Path, *, achieved_goal: str = "auto", keys: Sequence[str] = (), split: str = "train"
 ) -> OfflineDataset:
     """The data set in an OGBench-style file.
 
     Args:
         path: ``X.npz``.
         achieved_goal: what goals are made of: ``"observation"`` (all of it, as OGBench does), the numbers of its entries
-            (``"0,1"`` is the position in mazes), the name of another array, or ``"none"`` for data without goals. The
-            default is what we wrote, and ``"observation"`` in files of others.
+            (``"0,1"`` is the position in mazes), the name of another array, ``"none"`` for data without goals, or
+            ``"auto"``: as we wrote it, and ``"observation"`` in files of others.
         keys: names of further arrays that become keys of the observations (``qpos``, ``button_states``, ...).
         split: ``"train"``, or ``"val"`` for ``X-val.npz`` beside it.
 
@@ -144,7 +144,7 @@ def _columns(
     arrays: Mapping[str, np.ndarray],
     header: Mapping[str, Any],
     keys: Sequence[str],
-    achieved_goal: str | None,
+    achieved_goal: str,
     path: Path,
 ) -> dict[str, Tensor] | Tensor:
     """Observations (N + E, ...), as a tensor where there is one key only and it was not written as a dict."""
@@ -156,7 +156,7 @@ def _columns(
     written = header.get("observations")
     extra = [k for k in dict.fromkeys([*(written or ()), *keys]) if k not in ("observation", "achieved_goal")]
     columns = {"observation": observation, **{k: column(k) for k in extra}}
-    if achieved_goal is None:
+    if achieved_goal == "auto":
         achieved_goal = "observation" if not header or "achieved_goal" in (written or ()) else "none"
         achieved_goal = "achieved_goal" if "achieved_goal" in arrays else achieved_goal
     if achieved_goal == "none":
