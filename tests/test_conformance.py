@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from clbench.data.recipes import RECIPES
 from clbench.registry import entries, resolve
 from clbench.testing import check_agent, check_env, run_check
 from clbench.testing.fixtures import ALL_FIXTURES, FIXTURES, Fixture
@@ -46,9 +47,11 @@ def test_agents_on_every_kind_of_task(name: str):
 
 
 OTHERS = [(kind, name) for kind in ("envs", "streams", "schedules", "datasets", "planners") for name in entries(kind)]
+LARGE = {name for name, recipe in RECIPES.items() if recipe.settings["transitions"] > 400_000}
+MARKED = [pytest.param(*o, marks=pytest.mark.slow if o[1] in LARGE else [], id=f"{o[0]}/{o[1]}") for o in OTHERS]
 
 
-@pytest.mark.parametrize(("kind", "name"), OTHERS, ids=[f"{kind}/{name}" for kind, name in OTHERS])
+@pytest.mark.parametrize(("kind", "name"), MARKED)
 def test_everything_else(kind: str, name: str):
     run_check(f"{kind}/{name}").raise_if_failed()
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from clbench.config import call_with_options
 from clbench.contracts import REVEALS, Phase, Reveals, Stream, Task, is_positive_whole
+from clbench.data.files import is_file
 from clbench.data.recipes import RECIPES
 from clbench.errors import ConfigError, ContractError, unknown_name
 from clbench.registry import entries, load_object, resolve
@@ -89,7 +90,7 @@ def make_stream(
 
 
 def resolve_stream(name: str) -> Any:
-    """The function (or the :class:`clbench.Stream`) behind a stream's name or a published data set's id.
+    """The function (or the :class:`clbench.Stream`) behind the name of a stream or the id of a data set.
 
     Raises:
         UnknownNameError: with the nearest names of streams and data sets.
@@ -98,7 +99,7 @@ def resolve_stream(name: str) -> Any:
     if not isinstance(name, str) or name in known:
         return resolve("streams", name)
     data = name.partition("?")[0]
-    if data in entries("datasets"):
+    if is_file(data) or data in entries("datasets"):
         return load_object("clbench.streams.dataset_task:stream_of")(name)
     if ":" in data or not data:
         return resolve("streams", name)

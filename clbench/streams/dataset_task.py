@@ -1,14 +1,19 @@
-"""A published data set as a stream of one task: ``clbench run two-rooms/size-5078-v0 --agent bc``."""
+"""A data set as a stream of one task: ``clbench run two-rooms/size-5078-v0 --agent bc``.
+
+Published data sets name their task. Those in files do not: ``clbench run walks.npz --agent bc --stream.env ENV``.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from clbench.config import build, options_of
-from clbench.contracts import Task, TaskList
+from clbench.contracts import Metric, Task, TaskList
+from clbench.data.files import is_file
 from clbench.data.recipes import RECIPES
 from clbench.data.registry import dataset_id, parse_dataset_id
 from clbench.errors import ConfigError, unknown_name
@@ -20,15 +25,17 @@ UPDATES, ENV_STEPS = 10_000, 100_000  # default budgets
 
 
 def stream_of(identifier: str) -> Callable[..., Suite]:
-    """The function behind the stream that a published data set's id stands for.
+    """The function behind the stream that the id of a data set stands for.
 
-    Options in the id (``two-rooms/good-v0?observation=pixels``) become the defaults of the stream's options.
+    Options in the id of a published one (``two-rooms/good-v0?observation=pixels``) become defaults of the stream's options.
 
     Raises:
         UnknownNameError: an unknown data set or option.
         ConfigError: a data set without a task.
     """
     name, options = parse_dataset_id(identifier)
+    if is_file(name):
+        return _of_file(identifier)
     if name not in RECIPES:
         if name not in entries("datasets"):
             raise unknown_name("data set", name, entries("datasets"))
@@ -97,6 +104,42 @@ def _point_maze(name: str) -> Callable[..., Suite]:
         return Suite(name, [task], updates=UPDATES, env_steps=ENV_STEPS)
 
     return stream
+
+
+def _of_file(identifier: str) -> Callable[..., Suite]:
+    def stream(
+        *, env: str = "", episodes: int = 20, metric: Literal["success", "return"] = "success", low: float = 0.0,
+        high: float = 1.0,
+    ) -> Suite:  # fmt: skip
+        """An environment that is named, with random starts.
+
+        Args:
+            env: a Gymnasium id with keyword arguments, as ``clbench/TwoRooms-v0?wall_x=32``.
+            episodes: evaluation episodes, told apart by their seeds.
+            metric: ``"success"`` or ``"return"``.
+            low: return that scores 0.
+            high: return that scores 1.
+        """
+        if not env:
+            raise ConfigError(
+                f"The data in {identifier!r} do not say which environment they are for; add --stream.env ENV, with "
+                "arguments as clbench/TwoRooms-v0?wall_x=32."
+            )
+        env_id, arguments = parse_dataset_id(env)
+        kwargs = {k: _plain(v) for k, v in arguments.items()}
+        scored = Metric(metric, low, high)
+        task = Task(env_id, env_id, kwargs, identifier, TaskList.from_seeds(episodes), scored)
+        return Suite(identifier, [task], updates=UPDATES, env_steps=ENV_STEPS)
+
+    return stream
+
+
+def _plain(text: str) -> Any:
+    """``"3"``, ``"0.5"``, ``"true"`` as what they look like, anything else as text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _check_observation(observation: str, name: str) -> None:

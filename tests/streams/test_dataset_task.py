@@ -8,8 +8,10 @@ import pytest
 
 import clbench
 from clbench.config import options_of
+from clbench.data.ogbench import write_ogbench
 from clbench.data.recipes import RECIPES
-from clbench.errors import ConfigError, UnknownNameError
+from clbench.data.registry import load_dataset
+from clbench.errors import ConfigError, DataError, UnknownNameError
 from clbench.experiments import RunConfig, default_out
 from clbench.streams.core import make_stream, resolve_stream
 from clbench.streams.two_rooms import load_lists
@@ -55,6 +57,33 @@ def test_a_run(tmp_path: Path) -> None:
     assert result.results["stream"] == "two-rooms/size-634-v0" and result.results["status"] == "complete"
     out = default_out(RunConfig("two-rooms/size-634-v0?observation=pixels", "bc"))
     assert out == Path("runs/two-rooms_size-634-v0_observation=pixels/bc/seed-0")
+
+
+def test_a_file_with_the_environment_it_is_for(tmp_path: Path) -> None:
+    path = str(write_ogbench(load_dataset("two-rooms/size-634-v0"), tmp_path / "walks.npz"))
+    with pytest.raises(ConfigError, match="do not say which environment they are for; add --stream.env"):
+        make_stream(path)
+    options = {"env": "clbench/TwoRooms-v0?wall_x=25.5&observation=state", "episodes": 3}
+    (task,) = make_stream(path, options=options).tasks
+    assert (task.env_id, task.env_kwargs) == ("clbench/TwoRooms-v0", {"wall_x": 25.5, "observation": "state"})
+    assert task.dataset_id == path and len(task.evaluation) == 3
+    result = clbench.run(path, "bc", budget=2, out=tmp_path / "run", stream_options=options, tensorboard=False)
+    assert result.results["status"] == "complete"
+    with pytest.raises(DataError, match=r"the data have actions of shape \(2,\).*environment have shape \(1,\)"):
+        pendulum = {"env": "Pendulum-v1", "metric": "return", "low": -2000.0, "high": 0.0}
+        clbench.run(path, "bc", budget=2, out=tmp_path / "other", stream_options=pendulum)
+
+
+@pytest.mark.parametrize("name", [n for n, recipe in RECIPES.items() if recipe.family == "point-maze"])
+def test_mazes_are_evaluated_on_held_out_layouts(name: str) -> None:
+    from clbench.streams.maze_layouts import heldout_trials, training_layouts
+
+    (task,) = make_stream(name, options={"observation": "pixels"}).tasks
+    assert (task.env_id, task.env_kwargs) == ("clbench/PointMaze-v0", {"observation": "pixels"})
+    assert task.dataset_id == f"{name}?observation=pixels" and task.evaluation == heldout_trials()
+    assert not set(task.evaluation.options["layout"]) & set(training_layouts(40))
+    with pytest.raises(ConfigError, match="episodes must be from 1 to 80"):
+        make_stream(name, options={"episodes": 81})
 
 
 @pytest.mark.parametrize(
