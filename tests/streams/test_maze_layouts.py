@@ -283,6 +283,40 @@ def test_trials_start_an_environment_on_their_layouts():
     assert not info["is_success"].any()
 
 
+def next_cells(code):
+    """(16, 16): the next cell from one cell to another on a shortest path."""
+    steps = path_lengths(code)
+    table = np.tile(np.arange(16)[:, None], (1, 16))
+    for here, there in np.argwhere(steps > 0):
+        table[here, there] = next(c for c in np.flatnonzero(steps[here] == 1) if steps[c, there] < steps[here, there])
+    return table
+
+
+def solved(lists, follow_corridors):
+    """Steer to the next cell on a shortest path, or straight to the goal -> which trials are solved in 120 steps."""
+    columns = {key: sum((t.options[key] for t in lists), ()) for key in ("start", "goal", "layout")}
+    env = PointMazeVectorEnv(len(columns["goal"]), autoreset="disabled", terminate_on_success=False)
+    obs, _ = env.reset(seed=0, options=columns)
+    tables = np.stack([next_cells(layout_code(t)) for t in columns["layout"]])
+    goal, rows = np.array(columns["goal"]), np.arange(len(tables))
+    ever = torch.zeros(len(tables), dtype=torch.bool)
+    for _ in range(120):
+        state = obs["observation"].numpy()
+        here, there = (4 * p[:, 1].astype(int) + p[:, 0].astype(int) for p in (state, goal))
+        following = tables[rows, here, there]
+        corridor = np.stack([following % 4, following // 4], 1) + 0.5
+        target = np.where((here != there)[:, None] & follow_corridors, corridor, goal)
+        obs, *_, info = env.step(np.clip(4 * (target - state[:, :2]) - 2 * state[:, 2:], -1, 1).astype(np.float32))
+        ever |= info["is_success"]
+    return ever
+
+
+def test_every_trial_can_be_solved_but_not_by_pushing_towards_the_goal():
+    lists = [heldout_trials(), *(bucket_trials(d) for d in BUCKETS)]
+    assert solved(lists, follow_corridors=True).all()
+    assert solved(lists, follow_corridors=False).float().mean() < 0.75
+
+
 # -- the stream -------------------------------------------------------------------------------------------------------
 
 
