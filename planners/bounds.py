@@ -13,7 +13,8 @@ from clbench.errors import ConfigError
 if TYPE_CHECKING:
     import gymnasium
 
-_TILE = 64  # the innermost loop of a broadcast over a handful of action dimensions would be too short to be fast
+# samples that are broadcast over together: over the few dimensions of an action alone the innermost loop would be too short
+TILE = 16
 
 
 class ActionBounds:
@@ -94,7 +95,7 @@ class ActionBounds:
 
     def project_(self, actions: Tensor) -> Tensor:
         """:meth:`project` in place, for contiguous actions (..., A)."""
-        repeats = math.gcd(actions.numel() // self.size, _TILE)
+        repeats = math.gcd(actions.numel() // self.size, TILE)
         wide = actions.view(-1, repeats * self.size)
         torch.clamp(wide, self.low.repeat(repeats), self.high.repeat(repeats), out=wide)
         return actions if self.max_norm is None else actions.mul_(self._shrink(actions))

@@ -23,7 +23,7 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "tf32", "bfloat16")
 
 _SMALL = 2**26  # bytes: less than this is not worth asking how much memory is free
-_CPU_BLOCK = 2**19  # numbers: latents of a block that stay in the cache of a core
+_CPU_BLOCK = 2**17  # numbers: latents of a block that stay, with the layers between them, in the cache of the cores
 
 
 class Rollout:
@@ -131,8 +131,8 @@ def check_horizon(objective: Objective, horizon: int) -> None:
 def block_size(z: Tensor, samples: int) -> int:
     """How many environments go through the time loop together.
 
-    A GPU takes all. A CPU takes as many as keep the latents in the cache of its cores, and one where a single environment
-    fills it.
+    A GPU takes all. A CPU takes few enough that a step's buffers stay in the cache of its cores: with 512 samples 8
+    environments at 32 features, and one at 512.
     """
     if z.device.type != "cpu":
         return len(z)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clbench.contracts import Objective, WorldModel
 from clbench.errors import ConfigError, ContractError, unknown_name
-from clbench.planners.bounds import ActionBounds
+from clbench.planners.bounds import TILE, ActionBounds
 from clbench.planners.rollout import PRECISIONS, Precision, Rollout, check_horizon, check_memory, finite_costs
 
 Generator = torch.Generator | Sequence[torch.Generator]
@@ -199,19 +199,22 @@ class SamplingPlanner(ABC):
         mean, std = (state[k].transpose(0, 1)[:, :, None] for k in ("mean", "std"))
         extras = [state["kept"].permute(2, 0, 1, 3)] if self.kept() else []
         extras += [] if fixed is None else [fixed]
-        shape = (noise.shape[0], mean.shape[1], noise.shape[2] + self._extra(), noise.shape[3])
-        candidates = torch.empty(shape, device=noise.device)
-        torch.addcmul(mean, noise, std, out=candidates[:, :, : noise.shape[2]])
+        steps, _, samples, size = noise.shape
+        # over several samples at once, since a broadcast over the few dimensions of an action alone would be slow
+        group = math.gcd(samples, TILE)
+        noise = noise.view(steps, -1, samples // group, group * size)
+        mean, std = mean.repeat(1, 1, 1, group), std.repeat(1, 1, 1, group)
+        candidates = torch.addcmul(mean, noise, std).view(steps, -1, samples, size)
         if extras:
-            torch.cat(extras, 2, out=candidates[:, :, noise.shape[2] :])
+            candidates[:, :, samples - self._extra() :] = torch.cat(extras, 2)
         return self.bounds.project_(candidates)
 
     def _extra(self) -> int:
         return self.kept() + (self.config.prior_samples if self.prior is not None else 0)
 
     def _draw(self, iteration: int, rng: Generator, device: torch.device) -> Tensor:
-        """Noise (T, 1 or B, K', A)."""
-        shape = (self.config.knots, self.samples_of(iteration) - self._extra(), self.bounds.size)
+        """Noise (T, 1 or B, K, A), also for the sequences that are kept, which do not use it."""
+        shape = (self.config.knots, self.samples_of(iteration), self.bounds.size)
         if isinstance(rng, torch.Generator):
             return self.noise(shape, rng)[:, None].to(device)
         return torch.stack([self.noise(shape, g) for g in rng], 1).to(device)
