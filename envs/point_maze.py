@@ -115,10 +115,11 @@ def nearest_walls(position: Tensor, solid: Tensor) -> tuple[Tensor, Tensor]:
 
 def wall_distance(position: Tensor, solid: Tensor) -> Tensor:
     """Distance (B,) of points (2, B) to the nearest wall of their quarter cell: 0 inside walls, inf if there is none."""
+    position = position.nan_to_num(-1.0)  # in the ring
     vectors, walls = nearest_walls(position, solid)
     distance = torch.where(walls, _length(vectors), math.inf).amin(0)
-    x, y = position.floor().clamp(-1, SIDE).nan_to_num(-1).to(torch.int64)
-    return torch.where(_is_wall(solid, x, y) | ~torch.isfinite(position).all(0), 0.0, distance)
+    x, y = position.floor().clamp(-1, SIDE).to(torch.int64)
+    return torch.where(_is_wall(solid, x, y), 0.0, distance)
 
 
 # -- physics ----------------------------------------------------------------------------------------------------------
