@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from clbench.contracts import Planner
 from clbench.rng import get_global_state, sealed_global_rng, torch_generator
-from clbench.testing.core import Checks, Failed, Report, clone, difference, run_checks
+from clbench.testing.core import Checks, Failed, NotApplicable, Report, clone, difference, run_checks
 
 PLANNER_CHECKS: Checks = Checks()
 PLANS = "plan returns actions (B, H, A)"
@@ -25,6 +26,25 @@ class LinearWorld:
 
     def predict(self, z: Tensor, action: Tensor) -> Tensor:
         return z + action
+
+
+class Watched(LinearWorld):
+    """Remembers the actions it has been asked about."""
+
+    def __init__(self) -> None:
+        self.actions: list[Tensor] = []
+
+    def predict(self, z: Tensor, action: Tensor) -> Tensor:
+        self.actions.append(action.detach().reshape(-1, action.shape[-1]).clone())
+        return super().predict(z, action)
+
+
+class NaNWorld(LinearWorld):
+    """Gives NaN where the first coordinate is above 0.3: for some of the latents of a case, and not at once for others."""
+
+    def predict(self, z: Tensor, action: Tensor) -> Tensor:
+        z = z + action
+        return torch.where(z[..., :1] > 0.3, torch.nan, z)
 
 
 def distance_to_corner(z: Tensor, step: int) -> Tensor:
@@ -43,9 +63,12 @@ class Case:
     def latents(self, batch: int) -> Tensor:
         return torch.rand(batch, 2, generator=torch_generator(0, "testing", "latents")) * 0.4
 
-    def plan(self, z: Tensor, memory: Any = None, seed: int = 0, planner: Planner | None = None) -> tuple[Tensor, Any]:
+    def plan(
+        self, z: Tensor, memory: Any = None, seed: int = 0, planner: Planner | None = None,
+        world: LinearWorld | None = None,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
         rng = torch_generator(seed, "testing", "plan")
-        answer = (planner or self.make()).plan(LinearWorld(), z, distance_to_corner, memory, rng=rng)
+        answer = (planner or self.make()).plan(world or LinearWorld(), z, distance_to_corner, memory, rng=rng)
         if not (isinstance(answer, tuple) and len(answer) == 2):
             raise Failed(f"plan returned a {type(answer).__name__}; return the pair (actions, memory).")
         return answer
@@ -126,4 +149,38 @@ def _rows(case: Case) -> str | None:
             f"a row planned alone and in a batch of 4 differs in mean cost by {worst:.3g} (allowed: "
             f"{case.tolerance}); rank and update samples within each row, never across rows."
         )
+    return None
+
+
+@PLANNER_CHECKS.add("candidates and plans stay within the action bounds", needs=PLANS)
+def _bounds(case: Case) -> str | None:
+    planner, world = case.make(), Watched()
+    bounds: Any = getattr(planner, "bounds", None)
+    if bounds is None or not all(hasattr(bounds, name) for name in ("low", "high")):
+        raise NotApplicable("The planner has no attribute bounds with low and high (A,).")
+    plan, _ = case.plan(case.latents(3) - 5, planner=planner, world=world)  # far away, so that it pays to go too far
+    for what, actions in (("returned", plan.reshape(-1, case.action_size)), ("tried", torch.cat(world.actions))):
+        outside = ((actions < bounds.low) | (actions > bounds.high)).any(1)
+        cap = getattr(bounds, "max_norm", None)
+        outside |= False if cap is None else actions.double().norm(dim=1) > cap
+        if bool(outside.any()):
+            raise Failed(
+                f"plan {what} an action outside of its bounds, {actions[outside][0].tolist()}; project candidates before "
+                "they are rolled out, since what they cost outside says nothing."
+            )
+    return None
+
+
+@PLANNER_CHECKS.add("a world model that gives NaN does not break the plan", needs=PLANS)
+def _survives_nan(case: Case) -> str | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a planner may well say that costs were replaced
+        memory = None
+        for seed in range(2):
+            actions, memory = case.plan(case.latents(3), memory, seed=seed, world=NaNWorld())
+            if not bool(torch.isfinite(actions).all()):
+                raise Failed(
+                    "plan returned NaN or infinite actions after some sequences cost NaN; replace costs that are not "
+                    "finite by the worst of their row."
+                )
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import types
 from typing import Any
 
 import numpy as np
@@ -396,6 +397,22 @@ class BestOfAll(Shooting):
         return cost.max(0).values.argmax().expand(len(cost)) if len(cost) > 1 else super().best(cost)
 
 
+class Unbounded(Shooting):
+    bounds = types.SimpleNamespace(low=torch.tensor([-0.2, -0.2]), high=torch.tensor([0.2, 0.2]))
+
+
+class LongSteps(Shooting):
+    bounds = types.SimpleNamespace(low=torch.tensor([-1.0, -1.0]), high=torch.tensor([1.0, 1.0]), max_norm=0.35)
+
+
+class Averaged(Shooting):
+    def plan(self, model, z, objective, memory, *, rng):
+        actions = (torch.rand(len(z), self.samples, 3, 2, generator=rng) - 0.5) * 0.6
+        path = model.predict(z[:, None, None], actions.cumsum(2))
+        weights = torch.softmax(-objective(path, 0).sum(2), 1)
+        return torch.einsum("bk,bkha->bha", weights, actions), None
+
+
 BROKEN_PLANNERS = [
     (FlatPlan, "plan returns actions (B, H, A)", r"expected \(1, H, 2\)"),
     (NaNPlan, "plan returns actions (B, H, A)", "NaN or infinite actions"),
@@ -403,6 +420,9 @@ BROKEN_PLANNERS = [
     (RemembersPlan, "the same generator state gives the same plan", "keep state in memory"),
     (WritesLatent, "plan does not change its inputs", r"changed its argument 'z' in place; work on a copy"),
     (BestOfAll, "a plan does not depend on the other rows of the batch", "never across rows"),
+    (Unbounded, "candidates and plans stay within the action bounds", "outside of its bounds.*project candidates"),
+    (LongSteps, "candidates and plans stay within the action bounds", "outside of its bounds.*project candidates"),
+    (Averaged, "a world model that gives NaN does not break the plan", "replace costs that are not finite"),
 ]
 
 
