@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,12 @@ def what_works() -> str:
     """Everything registered, one row per kind."""
     from clbench.registry import KINDS
 
-    names = {kind: ", ".join(f"`{name}`" for name in own(kind)) for kind in KINDS}
-    return table(("kind", "registered today"), ((kind, names[kind] or "none yet") for kind in KINDS))
+    def names(kind: str) -> str:
+        listed = [f"`{name}`" for name in own(kind) if "/" not in name or kind != "datasets"]
+        families = Counter(name.partition("/")[0] for name in own(kind) if "/" in name and kind == "datasets")
+        return ", ".join([*listed, *(f"{count} of `{family}/`" for family, count in families.items())]) or "none yet"
+
+    return table(("kind", "registered today"), ((kind, names(kind)) for kind in KINDS))
 
 
 def options_text(fields: Iterable[Any]) -> str:
@@ -179,6 +184,19 @@ def two_rooms_statistics() -> str:
     return head + table(("data", "`kappa`", "`collision`", *(f"`{k}`" for k in STATISTICS)), rows)
 
 
+def published_statistics() -> str:
+    """Measured statistics of the published Two-Rooms data sets that differ in more than their size."""
+    from clbench.data.recipes import GOOD_SHARES, RECIPES, STATES
+    from clbench.data.registry import load_dataset
+    from clbench.envs.two_rooms_data import statistics
+
+    varied = [*(f"length-{n}" for n in STATES), *(f"mix-{share}" for share in GOOD_SHARES), "no-door"]
+    names = [name for name in (f"two-rooms/{part}-v0" for part in ("good", *varied)) if name in RECIPES]
+    found = [statistics(load_dataset(name)) for name in names]
+    rows = [(f"`{name}`", *(f"{values[k]:.4g}" for k in STATISTICS)) for name, values in zip(names, found, strict=True)]
+    return table(("data set", *(f"`{k}`" for k in STATISTICS)), rows)
+
+
 def point_maze_statistics() -> str:
     """Measured statistics of the PointMaze data."""
     from clbench.envs.point_maze_data import point_maze, statistics
@@ -235,6 +253,7 @@ CHEAP: dict[str, Callable[[], str]] = {
 }
 COSTLY: dict[str, Callable[[], str]] = {
     "two-rooms-statistics": two_rooms_statistics,
+    "published-statistics": published_statistics,
     "point-maze-statistics": point_maze_statistics,
 }
 # written with --demo only, or where MuJoCo is installed; its version and the machine decide about the last digits

@@ -19,7 +19,7 @@ from clbench.data.cache import cached
 from clbench.data.dataset import OfflineDataset
 from clbench.data.recipes import RECIPES, Recipe
 from clbench.registry import load_object
-from clbench.rng import derive_seed
+from clbench.rng import derive_seed, numpy_generator
 
 BATCH = 1024  # trajectories
 STEPS = 90
@@ -86,7 +86,8 @@ def _make_two_rooms(recipe: Recipe, collision: str, seed: int) -> OfflineDataset
     if options["good_share"] < 1:
         good = int(count * options["good_share"])
         parts = [draw("good", GOOD, good), draw("random", RANDOM, count - good)]
-        states, actions = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        order = torch.from_numpy(numpy_generator(seed, recipe.name, "order").permutation(count))
+        states, actions = (torch.cat(columns)[order] for columns in zip(*parts, strict=True))
     else:
         states, actions = draw(options["source"], GOOD, count, None if options["door"] else _stays)
     metadata = {

@@ -98,9 +98,10 @@ def test_mixtures_have_their_share_of_good_trajectories(monkeypatch: pytest.Monk
     data = published._make_two_rooms(small, "stop", 0)
     good = turning(data) > 0.45
     assert int(good.sum()) == int(900 * share)
-    assert good[: int(900 * share)].all()
+    assert share == 0 or not good[: int(900 * share)].all()  # in random order
     reference = states(load_dataset("two-rooms/size-20312-v0"))
-    assert torch.equal(states(data)[: int(900 * share)], reference[: int(900 * share)])  # of the good data itself
+    known = {t.tobytes() for t in reference[: int(900 * share)].numpy()}
+    assert {t.tobytes() for t in states(data)[good].numpy()} == known  # the first ones of the good data
     assert (turning(load_dataset("two-rooms/size-20312-v0")) > 0.45).all()  # negative control of the threshold
 
 

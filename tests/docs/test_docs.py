@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import clbench.bench.envs as bench
+import clbench.cli.data as cli_data
 import clbench.experiments as experiments
 from clbench.cli.main import main
 from clbench.registry import KINDS
@@ -124,6 +125,7 @@ def try_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr("clbench.testing.run_check", pretend_check)
         patch.setattr("clbench.report.find_runs", pretend)
         patch.setattr(bench, "bench_envs", pretend)
+        patch.setattr(cli_data, "VERBS", {k: (pretend, *rest) for k, (_, *rest) in cli_data.VERBS.items()})
         try:
             main(arguments)
         except Reached:
@@ -156,7 +158,7 @@ def test_make_targets_exist() -> None:
 
 
 def test_every_verb_is_shown() -> None:
-    assert {shlex.split(c)[0] for c in ALL_COMMANDS} >= {"run", "report", "list", "check", "bench"}
+    assert {shlex.split(c)[0] for c in ALL_COMMANDS} >= {"run", "report", "data", "list", "check", "bench"}
 
 
 @pytest.mark.parametrize(
