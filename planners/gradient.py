@@ -88,7 +88,8 @@ class Gradient:
         memory = begin_memory(self.start(len(z), z.device), memory if config.warm_start else None, "Gradient")
         actions = self.bounds.project(memory["mean"].transpose(0, 1)[:, :, None] + self._noise(knots, rng, z.device))
         first, second = torch.zeros_like(actions), torch.zeros_like(actions)
-        best, cost, replaced = memory["mean"], torch.full((len(z),), torch.inf, device=z.device), memory["replaced"]
+        best, cost = memory["mean"], torch.full((len(z),), torch.inf, device=z.device)
+        replaced = memory["replaced"]
         active = torch.ones(len(z), dtype=torch.bool, device=z.device)
         for iteration in range(config.iterations + 1):  # the last one only looks at what the last step gave
             costs, gradient = self._costs(model, z, objective, actions)
@@ -109,7 +110,7 @@ class Gradient:
             t = iteration + 1
             step = (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
             actions = self.bounds.project(actions - config.lr * self.bounds.radius * step)
-        warn_replaced("Gradient", replaced)
+        warn_replaced("Gradient", replaced - memory["replaced"])
         chosen = self.bounds.project(best)
         return chosen.repeat_interleave(config.action_repeat, 1), {"mean": chosen.clone(), "replaced": replaced}
 

@@ -75,13 +75,20 @@ class GoalDistance:
             self.goal[rows], reduce=self.reduce, horizon=self.horizon, features=self.features, sign=sign
         )  # fmt: skip
 
+    def clone(self) -> GoalDistance:
+        """The same with tensors of its own."""
+        sign = self.sign.clone() if isinstance(self.sign, Tensor) else self.sign
+        return GoalDistance(
+            self.goal.clone(), reduce=self.reduce, horizon=self.horizon, features=self.features, sign=sign
+        )  # fmt: skip
+
     def tensors(self) -> list[Tensor]:
-        """What differs between plans; what is equal in :meth:`key` may share a captured iteration."""
+        """What differs between plans; what is equal in :meth:`key` may share a recorded iteration."""
         return [self._target, *([self._scale] if isinstance(self._scale, Tensor) else [])]
 
     def key(self) -> tuple[Any, ...]:
         scale = self._scale if isinstance(self._scale, float) else "per environment"
-        return (GoalDistance, self.horizon, self.features, scale)
+        return (GoalDistance, self.horizon or "all steps", self.features or "all features", scale)
 
 
 class Uncertainty:
@@ -109,6 +116,9 @@ class Uncertainty:
         return variance.flatten(2).sum(-1).mul(self.weight * self.discount**step)
 
     def select(self, rows: Rows) -> Uncertainty:
+        return self
+
+    def clone(self) -> Uncertainty:
         return self
 
     def tensors(self) -> list[Tensor]:
@@ -143,10 +153,12 @@ class Sum:
         parts = [getattr(p, "select", None) for p in self.parts]
         return None if None in parts else lambda rows: Sum(*(select(rows) for select in parts if select))
 
-    @property
-    def tensors(self) -> Callable[[], list[Tensor]] | None:
-        parts = [getattr(p, "tensors", None) for p in self.parts]
-        return None if None in parts else lambda: [t for tensors in parts if tensors for t in tensors()]
+    def clone(self) -> Sum:
+        return Sum(*(p.clone() for p in self.parts))  # type: ignore[attr-defined]
+
+    def tensors(self) -> list[Tensor]:
+        return [t for p in self.parts for t in p.tensors()]  # type: ignore[attr-defined]
 
     def key(self) -> tuple[Any, ...]:
-        return (Sum, *(getattr(p, "key", lambda p=p: p)() for p in self.parts))
+        """Holds ``None`` where a part has no key, and the sum cannot be recorded."""
+        return (Sum, *(k for p in self.parts for k in (p.key() if hasattr(p, "key") else (None,))))  # type: ignore[attr-defined]

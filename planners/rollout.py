@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,6 +62,36 @@ class Rollout:
             for start in range(0, envs, block):
                 self._roll(actions, costs, start, min(start + block, envs))
         return costs
+
+    # -- for a CUDA graph ----------------------------------------------------------------------------------------------
+
+    def key(self) -> tuple[Any, ...] | None:
+        """What a recorded rollout depends on besides its tensors; ``None`` where it cannot be recorded: a model without
+        resident buffers, an objective of the user's, or several blocks."""
+        key = getattr(self.objective, "key", None)
+        if key is None or None in (key := key()) or self.block is not None or not hasattr(self.model, "stepper"):
+            return None
+        return (self.z.shape, self.z.dtype, self.z.device, *key)
+
+    def separate(self) -> Rollout:
+        """The same with buffers of its own, which :meth:`refresh` fills."""
+        objective: Any = self.objective
+        return Rollout(
+            self.model, self.z.clone(), objective.clone(), repeat=self.repeat, precision=self.precision
+        )  # fmt: skip
+
+    def refreshable(self) -> bool:
+        """Whether the steppers made so far can take new weights in place."""
+        return all(hasattr(s, "pack") for s in self._steppers.values())
+
+    def refresh(self, other: Rollout) -> None:
+        """Copy the latents, the objective's tensors and the model's weights of this moment, in place."""
+        self.z.copy_(other.z)
+        mine, theirs = (r.objective.tensors() for r in (self, other))  # type: ignore[attr-defined]
+        for old, new in zip(mine, theirs, strict=True):
+            old.copy_(new)
+        for stepper in self._steppers.values():
+            stepper.pack()  # type: ignore[attr-defined]
 
     def _roll(self, actions: Tensor, costs: Tensor, start: int, stop: int) -> None:
         """Add the costs of the environments ``start..stop`` to their rows."""
@@ -151,7 +181,7 @@ def precision_of(precision: str, device: torch.device) -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
     elif precision == "bfloat16":
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):  # a graph must not hold a cached weight
             yield
     else:
         yield

@@ -19,6 +19,7 @@ from torch import Tensor
 from clbench.contracts import Objective, WorldModel
 from clbench.errors import ConfigError, ContractError, unknown_name
 from clbench.planners.bounds import TILE, ActionBounds
+from clbench.planners.graphs import GraphCache
 from clbench.planners.rollout import PRECISIONS, Precision, Rollout, check_horizon, check_memory, finite_costs
 
 Generator = torch.Generator | Sequence[torch.Generator]
@@ -117,6 +118,7 @@ class SamplingPlanner(ABC):
             raise ConfigError(
                 f"{smallest} samples leave nothing to draw beside {extra} kept or prior sequences; raise samples."
             )
+        self._graphs = GraphCache()
         self._synthesis = synthesis(self.config.knots, self.config.color) if self.config.color else None
 
     # -- what a planner adds -------------------------------------------------------------------------------------------
@@ -139,7 +141,8 @@ class SamplingPlanner(ABC):
         white = torch.randn(shape, generator=generator, device=generator.device)
         if self._synthesis is None:
             return white
-        return torch.einsum("st,tka->ska", self._synthesis.to(white.device), white)
+        self._synthesis = self._synthesis.to(white.device)
+        return torch.einsum("st,tka->ska", self._synthesis, white)
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
@@ -166,15 +169,26 @@ class SamplingPlanner(ABC):
             model, z, objective, repeat=config.action_repeat, block=config.block, precision=config.precision
         )
         fixed = self._follow_prior(model, z, rng) if self.prior is not None else None
-        stopped = False
+        before, stopped = state["replaced"], False
+        iterate: dict[int, Callable[[State, Tensor], State]] = {}  # by the number of samples
         for iteration in range(config.iterations):
             noise = self._draw(iteration, rng, z.device)
             # the noise of iterations that are not needed is drawn too: what comes next must not depend on the batch
             if not stopped:
-                state = self._iterate(rollout, state, noise, fixed)
+                samples = noise.shape[2]
+                if samples not in iterate:
+                    iterate[samples] = self._iteration(rollout, state, noise, fixed)
+                state = iterate[samples](state, noise)
                 stopped = config.tolerance > 0 and z.device.type == "cpu" and not bool(state["active"].any())
-        warn_replaced(type(self).__name__, state["replaced"])
+        warn_replaced(type(self).__name__, state["replaced"] - before)
         return self._end(state)
+
+    def _iteration(
+        self, rollout: Rollout, state: State, noise: Tensor, fixed: Tensor | None
+    ) -> Callable[[State, Tensor], State]:
+        if self.config.cuda_graph:
+            return self._graphs.iteration(self._iterate, rollout, state, noise, fixed)
+        return lambda state, noise: self._iterate(rollout, state, noise, fixed)
 
     def _iterate(self, rollout: Callable[[Tensor], Tensor], state: State, noise: Tensor, fixed: Tensor | None) -> State:
         """One round for all environments; frozen ones keep their state."""

@@ -130,6 +130,8 @@ class MLPStepper:
         self._increment = torch.empty_like(self._z) if aside else None
         self._multiply = torch.bmm if self._members else torch.mm
         self.latents = self._z.movedim(0, 1) if self._members else self._z
+        self._norm = [_like_norm(n, dtype) for n in norms()] if norms else [None] * len(self._outputs)
+        self._last_norm = _like_norm(final_norm(), dtype) if final_norm else None
         self.pack()
 
     def pack(self) -> None:
@@ -139,8 +141,10 @@ class MLPStepper:
             packed[..., :size, :].copy_(weight.mT)
             if bias is not None:
                 packed[..., size, :].copy_(bias)
-        self._norm = list(self._norms()) if self._norms else [None] * len(self._outputs)
-        self._last_norm = self._final_norm() if self._final_norm else None
+        for packed, norm in zip(self._norm, self._norms() if self._norms else [], strict=False):
+            _copy_norm(packed, norm)
+        if self._final_norm:
+            _copy_norm(self._last_norm, self._final_norm())
 
     def load(self, z: Tensor) -> None:
         self.latents.copy_(z)
@@ -198,6 +202,7 @@ class GRUStepper:
         self._reset, self._update, self._hidden = self._gates.split(size, -1)
         self._multiply = torch.bmm if self._members else torch.mm
         self.latents = self._z.movedim(0, 1) if self._members else self._z
+        self._last_norm = _like_norm(norm(), dtype) if norm else None
         self.pack()
 
     def pack(self) -> None:
@@ -210,7 +215,8 @@ class GRUStepper:
         self._weight[..., inputs, : 2 * size].add_(bias_ih[..., : 2 * size])
         self._weight_new[..., : inputs - size, :].copy_(weight_ih[..., 2 * size :, :].mT)
         self._weight_new[..., inputs - size, :].copy_(bias_ih[..., 2 * size :])
-        self._last_norm = self._norm() if self._norm else None
+        if self._norm:
+            _copy_norm(self._last_norm, self._norm())
 
     def load(self, z: Tensor) -> None:
         self.latents.copy_(z)
@@ -233,6 +239,20 @@ def _with_ones(members: Sequence[int], rows: int, inputs: int, dtype: torch.dtyp
     buffer = torch.zeros(*members, rows, width, dtype=dtype, device=device)
     buffer[..., inputs] = 1
     return buffer
+
+
+def _like_norm(norm: Norm | None, dtype: torch.dtype) -> Norm | None:
+    """Room for the parameters of a LayerNorm."""
+    if norm is None:
+        return None
+    weight, bias = (None if p is None else torch.empty_like(p, dtype=dtype) for p in norm[:2])
+    return weight, bias, norm[2]
+
+
+def _copy_norm(packed: Norm | None, norm: Norm | None) -> None:
+    for old, new in zip((packed or ())[:2], (norm or ())[:2], strict=True):
+        if old is not None and new is not None:
+            old.copy_(new)
 
 
 def _layer_norm_(x: Tensor, norm: Norm) -> None:
