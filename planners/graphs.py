@@ -66,6 +66,7 @@ class Captured:
         self._replay = capture(run, noise.device)
         if not self._rollout.refreshable():
             raise RuntimeError("the stepper of the world model has no method pack() that copies its weights in place")
+        self._rollout.refresh(rollout)
 
     def begin(self, rollout: Rollout, fixed: Tensor | None) -> None:
         """Take the latents, the objective and the weights of another plan.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from clbench.contracts import Stepper, WorldModel
@@ -47,6 +47,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Any]] = {
 class PredictStepper:
     """Steps by ``model.predict``: no fast path, any latent shape.
 
+    A model whose own ``stepper`` returns one says that its ``predict`` is always the same sequence of tensor operations, so
+    that a CUDA graph may record it.
+
     Raises:
         ContractError: ``predict`` does not return the shape of its latents.
     """
@@ -54,6 +57,21 @@ class PredictStepper:
     def __init__(self, model: WorldModel):
         self.model = model
         self.z = torch.empty(0)
+        self._addresses = self._where()
+
+    def pack(self) -> None:
+        """See that the weights are still where they were: then there is nothing to copy.
+
+        Raises:
+            RuntimeError: they are not, or the model is no ``torch.nn.Module`` and does not say where they are.
+        """
+        if self._addresses is None or self._addresses != self._where():
+            raise RuntimeError("the weights that predict uses have moved, or the model is no torch.nn.Module")
+
+    def _where(self) -> list[int] | None:
+        if not isinstance(self.model, nn.Module):
+            return None
+        return [t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers())]
 
     def load(self, z: Tensor) -> None:
         self.z = z

@@ -173,3 +173,14 @@ def test_an_objective_for_another_horizon(cls):
     late = GoalDistance(torch.zeros(1, 2), reduce="last", horizon=9)
     with pytest.raises(ConfigError, match="counts step 9 only, but the planner's horizon is 4"):
         cls(None, small(cls)).plan(Point(), torch.zeros(1, 2), late, None, rng=torch_generator(0))
+
+
+def test_bfloat16_costs_are_float32_and_close():
+    z, goal, actions = randn(3, 6), randn(3, 6), randn(4, 3, 16, 2)
+    for fast in (True, False):
+        model = Network(fast=fast)
+        with torch.no_grad():
+            exact = Rollout(model, z, GoalDistance(goal))(actions)
+            rough = Rollout(model, z, GoalDistance(goal), precision="bfloat16")(actions)
+        assert rough.dtype == torch.float32
+        assert 0 < float((rough - exact).abs().max()) < 0.05 * float(exact.max())
