@@ -50,7 +50,7 @@ class RunConfig:
     """Everything one run depends on.
 
     Args:
-        stream: a registered stream or ``module:function``.
+        stream: a registered stream, the id of a data set, or ``module:function``.
         agent: a registered agent or ``module:Class``.
         seed: the seed of the run; stream, agent and evaluation derive their own generators from it.
         schedule: which task comes when (``clbench list schedules``).

@@ -140,18 +140,17 @@ def _make(parsed: Any) -> None:
 
 
 def _import(parsed: Any) -> None:
+    from clbench.config import call_with_options
     from clbench.data.cache import safe_name
-    from clbench.data.files import PREFIX, is_file, store_imported
+    from clbench.data.files import PREFIX, is_file, minari_reader, store_imported
     from clbench.data.registry import load_dataset, parse_dataset_id
 
-    source, _ = parse_dataset_id(parsed.source)
+    source, options = parse_dataset_id(parsed.source)
     if is_file(source):
         found = load_dataset(parsed.source)
         default = Path(source).stem if Path(source).stem != "main_data" else Path(source).absolute().parts[-3]
     else:
-        from clbench.data.minari import read_minari
-
-        found = read_minari(parsed.source)
+        found = call_with_options(minari_reader(source), options, where=f"Minari data set {source!r}")
         default = Path(source).absolute().name if Path(source).is_dir() else source
     name = parsed.name or safe_name(default)
     path = store_imported(found, name)

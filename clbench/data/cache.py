@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.resources
+import json
 import os
 import re
 import sys
@@ -65,17 +66,23 @@ def cached(
         code: modules that ``make`` runs, and files in packages that it reads (``package/file.json``).
     """
     if transitions < WORTH_IT:
-        return make()
+        return _plain(make())
     path = cache_path(name, options, code)
     if path.exists():
         try:
             return load_stored_dataset(path)
         except DataError as error:
             warnings.warn(f"The cached data set {name!r} is made again: {error}", stacklevel=2)
-    data = make()
+    data = _plain(make())
     with contextlib.suppress(ClbenchError, OSError):  # a full or read-only disk: the data are here all the same
         path.parent.mkdir(parents=True, exist_ok=True)
         save_dataset(data, path)
+    return data
+
+
+def _plain(data: OfflineDataset) -> OfflineDataset:
+    """With metadata as a file gives them back (lists instead of tuples)."""
+    data.metadata = json.loads(json.dumps(data.metadata))
     return data
 
 

@@ -40,7 +40,7 @@ def reader_of(name: str) -> Callable[..., OfflineDataset]:
     if not path.exists():
         raise DataError(f"There is no data set at {path}.")
     if path.suffix in HDF5:
-        return _minari(path)
+        return minari_reader(path)
     return _stored(path) if _is_ours(path) else _ogbench(path)
 
 
@@ -97,11 +97,13 @@ def _stored(path: Path) -> Callable[..., OfflineDataset]:
     return read
 
 
-def _minari(path: Path) -> Callable[..., OfflineDataset]:
-    def read() -> OfflineDataset:
+def minari_reader(source: str | Path) -> Callable[..., OfflineDataset]:
+    """The function that reads a Minari data set (folder, file or id); its keyword arguments are the options."""
+
+    def read(*, keys: tuple[str, ...] = ()) -> OfflineDataset:
         from clbench.data.minari import read_minari
 
-        return read_minari(path)
+        return read_minari(source, keys=keys)
 
     return read
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from clbench.contracts import Spaces
 from clbench.data.columns import exported_columns, make_dataset, to_tensor
 from clbench.data.dataset import OfflineDataset
-from clbench.errors import ConfigError, DataError
+from clbench.errors import ClbenchError, ConfigError, DataError, unknown_name
 from clbench.records import unwritable
 from clbench.version import __version__
 
@@ -67,7 +67,7 @@ def check_minari_id(text: str) -> str:
 # -- reading -------------------------------------------------------------------------------------------------------------
 
 
-def read_minari(source: str | Path) -> OfflineDataset:
+def read_minari(source: str | Path, *, keys: Sequence[str] = ()) -> OfflineDataset:
     """The data set in a Minari folder, or of that id below Minari's own root.
 
     Box observations become a tensor, Dict observations a dict without ``desired_goal`` (goals are drawn). Numbers with a
@@ -75,15 +75,17 @@ def read_minari(source: str | Path) -> OfflineDataset:
 
     Args:
         source: the folder, one of the two files in it, or an id.
+        keys: of Dict observations, those to read (default: all but ``desired_goal``).
 
     Raises:
+        UnknownNameError: a key that the observations do not have.
         DataError: missing, truncated or inconsistent files, kinds of spaces that are not known here, links out of the file.
     """
     folder = find_minari(source)
     metadata = _read_metadata(folder / METADATA)
     if metadata.get("data_format", "hdf5") != "hdf5":
         raise DataError(f"{folder} is stored as {metadata['data_format']!r}; only Minari's format 'hdf5' can be read.")
-    observed, acted = (_space(metadata, key, folder) for key in ("observation_space", "action_space"))
+    observed, acted = _space(metadata, "observation_space", folder, keys), _space(metadata, "action_space", folder)
     if acted is not None and acted["type"] == "Dict":
         raise DataError(f"{folder} has Dict actions; only Box and Discrete actions can be read.")
     parts: dict[str, list[np.ndarray]] = {}
@@ -96,14 +98,14 @@ def read_minari(source: str | Path) -> OfflineDataset:
                     continue  # reset without a step: there is nothing to learn from it
                 actions.append(taken)
                 jpeg = bool(metadata.get("jpeg_encoding", True))
-                for key, array in _read_observations(episode, observed, jpeg, f"{folder}: {name}"):
+                for key, array in _read_observations(episode, observed, keys, jpeg, f"{folder}: {name}"):
                     if len(array) != len(taken) + 1:
                         raise DataError(
                             f"{folder}: {name} has {len(array)} observations{f' {key!r}' if key else ''} for {len(taken)} "
                             f"actions, expected {len(taken) + 1}; the file was not written by Minari or is damaged."
                         )
                     parts.setdefault(key, []).append(array)
-    except DataError:
+    except ClbenchError:
         raise
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, MemoryError) as error:
         raise DataError(
@@ -148,21 +150,25 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     return found
 
 
-def _space(metadata: Mapping[str, Any], key: str, folder: Path) -> dict[str, Any] | None:
-    """The description of a space, checked; ``None`` where the file leaves it to the environment."""
+def _space(metadata: Mapping[str, Any], key: str, folder: Path, chosen: Sequence[str] = ()) -> dict[str, Any] | None:
+    """The description of a space, of which the ``chosen`` keys are checked; ``None`` if the environment is to know it."""
     text = metadata.get(key)
     if text is None:
         return None
     try:
         space = json.loads(text)
-        inner = [s["type"] for s in space["subspaces"].values()] if space["type"] == "Dict" else []
+        parts = space["subspaces"] if space["type"] == "Dict" else {}
+        inner = {k: s["type"] for k, s in parts.items() if (k in chosen if chosen else k != "desired_goal")}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{folder / METADATA}: {key} is no description of a space ({error!r}).") from error
-    for kind in [space["type"], *inner]:
-        if kind not in SPACES:
-            raise DataError(f"{folder} has a {key} with {kind}; only Box, Discrete and a Dict of those can be read.")
-    if "Dict" in inner:
-        raise DataError(f"{folder} has a {key} with a Dict in a Dict; only a Dict of Box and Discrete can be read.")
+    if space["type"] not in SPACES:
+        raise DataError(f"{folder} has the {key} {space['type']}; only Box, Discrete and a Dict of those can be read.")
+    for k, kind in inner.items():
+        if kind not in ("Box", "Discrete"):
+            raise DataError(
+                f"{folder} has {kind} at the key {k!r} of its {key}; only Box and Discrete can be read, so choose keys "
+                "without it, as '?keys=observation'."
+            )
     return space
 
 
@@ -202,22 +208,25 @@ def _read_array(group: h5py.Group, name: str, where: str) -> np.ndarray:
 
 
 def _read_observations(
-    episode: h5py.Group, space: Mapping[str, Any] | None, jpeg: bool, where: str
+    episode: h5py.Group, space: Mapping[str, Any] | None, keys: Sequence[str], jpeg: bool, where: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(key, array) of the columns; the key is empty for Box observations."""
     node = _node(episode, "observations", where)
+    for key in keys:
+        if not isinstance(node, h5py.Group) or key not in node:
+            raise unknown_name("observation key", key, node if isinstance(node, h5py.Group) else (), where=where)
     if not isinstance(node, h5py.Group):
         yield "", _decoded(_read_array(episode, "observations", where), space, jpeg, where)
         return
     subspaces = {} if space is None else space.get("subspaces", {})
     for key in map(str, node):
-        if key != "desired_goal":
+        if key in keys if keys else key != "desired_goal":
             yield key, _decoded(_read_array(node, key, f"{where} observations"), subspaces.get(key), jpeg, where)
 
 
 def _decoded(array: np.ndarray, space: Mapping[str, Any] | None, jpeg: bool, where: str) -> np.ndarray:
     """Images that Minari stored as JPEG become arrays (B, H, W[, C]) of uint8."""
-    if not (jpeg and space is not None and _is_image(space)):
+    if not (jpeg and space is not None and _is_image(space)) or list(array.shape[1:]) == space["shape"]:
         return array
     from PIL import Image
 

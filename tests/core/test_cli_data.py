@@ -145,6 +145,7 @@ def test_export_under_another_name_and_with_pixels(capsys: Any, folder: Path) ->
         (["info", "nothing.npz"], "There is no data set at nothing.npz"),
         (["import", "nothing.hdf5"], "There is no data set at nothing.hdf5"),
         (["import", "nothing-v0"], "There is no Minari data set 'nothing-v0'"),
+        (["import", "nothing-v0?kyes=a"], "Did you mean 'keys'"),
         (["export", NAME, "--format", "minari", "--out", "m", "--name", "no.dots-v0"], "'no.dots-v0' is no Minari id"),
         (["export", NAME, "--format", "ogbench", "--out", "m"], "OGBench files end in .npz"),
         (["export", NAME, "--format", "ogbench", "--out", "m.npz", "--name", "x"], "--name is for --format minari"),

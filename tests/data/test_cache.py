@@ -163,6 +163,14 @@ def test_the_code_of_both_families_is_found() -> None:
         assert cache_path("x", {}, code)
 
 
+def test_metadata_are_the_same_with_and_without_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> OfflineDataset:
+        return OfflineDataset(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([1]), metadata={"layouts": ("a", "b")})
+
+    found = [cached("x", {}, size, make, ()).metadata for size in (999, 1000, 1000)]  # never stored, stored, read
+    assert found == [{"layouts": ["a", "b"]}] * 3 and make().metadata != found[0]
+
+
 def test_small_sets_are_not_stored(folder: Path) -> None:
     load_dataset("two-rooms/size-634-v0")
     assert files(folder) == []

@@ -14,14 +14,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, Text, Tuple
 
 from clbench.contracts import Spaces
 from clbench.data.dataset import OfflineDataset, Rendered
 from clbench.data.minari import check_minari_id, find_minari, minari_id, read_minari, write_minari
 from clbench.data.registry import load_dataset
 from clbench.data.storage import dataset_checksum
-from clbench.errors import ConfigError, DataError
+from clbench.errors import ConfigError, DataError, UnknownNameError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is set to None:UserWarning", "ignore:env_spec is None:UserWarning")
 needs_minari = pytest.mark.skipif(
@@ -389,10 +389,13 @@ def test_a_cut_file(root: Path, share: float) -> None:
     ("entries", "message"),
     [
         ({"observation_space": "{"}, "observation_space is no description of a space"),
-        ({"observation_space": '{"type": "Tuple", "subspaces": []}'}, "observation_space with Tuple; only Box"),
-        ({"action_space": '{"type": "Text"}'}, "action_space with Text; only Box"),
+        ({"observation_space": '{"type": "Tuple", "subspaces": []}'}, "the observation_space Tuple; only Box"),
+        ({"action_space": '{"type": "Text"}'}, "the action_space Text; only Box"),
         ({"action_space": '{"type": "Dict", "subspaces": {}}'}, "has Dict actions"),
-        ({"observation_space": '{"type":"Dict","subspaces":{"a":{"type":"Dict","subspaces":{}}}}'}, "a Dict in a Dict"),
+        (
+            {"observation_space": '{"type":"Dict","subspaces":{"a":{"type":"Dict","subspaces":{}}}}'},
+            "Dict at the key 'a' of its observation_space",
+        ),
         ({"data_format": "arrow"}, "stored as 'arrow'; only"),
     ],
 )
@@ -439,8 +442,36 @@ def test_spaces_we_do_not_know_are_named(root: Path) -> None:
     )  # fmt: skip
     space = Tuple((Box(0, 1, ()), Box(0, 1, ())))
     minari.create_dataset_from_buffers("t-v0", [one], observation_space=space, action_space=Box(-1, 1, (1,)))
-    with pytest.raises(DataError, match="observation_space with Tuple"):
+    with pytest.raises(DataError, match="the observation_space Tuple"):
         read_minari("t-v0")
+
+
+@needs_minari
+def test_keys_are_chosen(root: Path) -> None:
+    """MiniGrid's data in Minari hold text, which is no tensor: the other keys can be read."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    observed = {"mission": ["go", "go", "go"], "direction": np.array([0, 1, 2]), "place": np.zeros((3, 2), np.float32)}
+    none = np.zeros(2, bool)
+    space = Dict({"mission": Text(9), "direction": Discrete(4), "place": Box(0, 1, (2,))})
+    minari.create_dataset_from_buffers(
+        "grid-v0", [EpisodeBuffer(None, None, None, observed, np.array([1, 0]), np.ones(2), none, none, {})],
+        observation_space=space, action_space=Discrete(3),
+    )  # fmt: skip
+    with pytest.raises(DataError, match="has Text at the key 'mission' of its observation_space; .*choose keys"):
+        read_minari("grid-v0")
+    assert set(read_minari("grid-v0", keys=("direction", "place")).observations) == {"direction", "place"}
+    path = root / "grid-v0" / "data" / "main_data.hdf5"
+    assert load_dataset(f"{path}?keys=direction").observations["direction"].tolist() == [0, 1]
+    with pytest.raises(UnknownNameError, match="Unknown observation key 'directoin' in .*Did you mean 'direction'"):
+        load_dataset(f"{path}?keys=directoin")
+
+
+def test_keys_of_plain_observations(root: Path) -> None:
+    write_minari(walks("tensor"), root, "walks-v0")
+    with pytest.raises(UnknownNameError, match="Unknown observation key 'x'"):
+        read_minari("walks-v0", keys=("x",))
 
 
 def test_reading_does_not_import_minari() -> None:

@@ -96,3 +96,16 @@ def test_discrete_actions() -> None:
 def test_a_window_needs_an_action() -> None:
     with pytest.raises(ConfigError, match="must be at least 1 action, got 0"):
         numbered([2]).window_starts(0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["tensor", "dict", "rendered"])
+def test_windows_on_a_gpu(kind: str) -> None:
+    data = numbered([3, 1, 4, 2], kind)
+    moved = data.to("cuda")
+    starts = moved.window_starts(2)
+    assert starts.is_cuda and starts.tolist() == data.window_starts(2).tolist()
+    (here, _), (there, actions) = data.windows(starts.cpu(), 2), moved.windows(starts, 2)
+    pairs = [(here, there)] if kind == "tensor" else [(here[k], there[k]) for k in here]
+    assert actions.is_cuda and all(b.is_cuda and torch.equal(a, b.cpu()) for a, b in pairs)
