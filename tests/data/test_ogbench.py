@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import zipfile
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_the_layout_by_brute_force(tmp_path_factory: pytest.TempPathFactory, len
         assert file["observations"].tolist() == observations
         assert file["actions"].tolist() == actions
         assert file["terminals"].tolist() == terminals and file["terminals"].dtype == bool
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("ogbench") is None, reason="needs the package ogbench (pip install 'clbench[mujoco]')"
+)
+def test_ogbench_loads_what_we_write(tmp_path: Path) -> None:
+    from ogbench.utils import load_dataset as load  # type: ignore[import-not-found]
+
+    data = load_dataset("two-rooms/size-1269-v0")
+    loaded = load(str(write_ogbench(data, tmp_path / "data.npz")))
+    following = data.next_observation(torch.arange(len(data)))["observation"]
+    assert np.array_equal(loaded["observations"], data.observations["observation"].numpy())
+    assert np.array_equal(loaded["next_observations"], following.numpy())
+    assert np.array_equal(loaded["actions"], data.actions.numpy())
+    assert np.flatnonzero(loaded["terminals"]).tolist() == (data.starts + data.lengths - 1).tolist()
 
 
 # -- files of others -----------------------------------------------------------------------------------------------------
