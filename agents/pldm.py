@@ -13,6 +13,7 @@ environments at once, in receding horizon. A new task is a new objective, not a 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ _PAPER: dict[str, Any] = {
 _MPPI = {"iterations": "1", "temperature": "0.005", "temperature_scale": "none", "control_cost": "1"}
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
-        **_PAPER, "architecture": Architecture("small", latent=32, encoder_hidden=(256, 256)), "window": 16, "lr": 1e-3, "smoothness": 50.0,
+        **_PAPER, "architecture": Architecture("small"), "window": 16, "lr": 1e-3, "smoothness": 100.0,
         "inverse": 1.0, "planner": "icem", "replan_every": 4,
         "planner_options": {
             "horizon": "40", "samples": "256", "iterations": "2", "std": "1", "color": "3", "momentum": "0.1",
@@ -106,7 +107,7 @@ class PLDM(Agent):
         Args:
             preset: ``small`` for a CPU, ``two-rooms``, ``diverse-maze`` and ``ant`` of the paper, or
                 ``two-rooms-released`` as in its published code.
-            architecture: the networks.
+            architecture: the networks; those of the published presets are fixed but for ``members``.
             window: H, actions per training window.
             batch_size: windows per update.
             lr: peak learning rate of Adam: linear warm-up over the first tenth of a phase, then cosine.
@@ -134,7 +135,7 @@ class PLDM(Agent):
         """
 
         preset: Literal["small", "two-rooms", "two-rooms-released", "diverse-maze", "ant"] = "small"
-        architecture: Architecture | None = None
+        architecture: Architecture = field(default_factory=Architecture)
         window: int | None = None
         batch_size: int | None = None
         lr: float | None = None
@@ -167,6 +168,11 @@ class PLDM(Agent):
             for name, value in preset.items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
+            networks, mine = preset["architecture"], self.architecture
+            if mine.name == "small" and networks.name != "small":
+                self.architecture = dataclasses.replace(
+                    mine, name=networks.name, members=mine.members or networks.members
+                )
             for name in ("window", "batch_size", "lr", "replan_every", "log_every", "diagnose_every"):
                 if not getattr(self, name) > 0:
                     raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -183,7 +189,7 @@ class PLDM(Agent):
             raise ConfigError(f"Agent 'pldm' plans continuous actions, but the action space is {spaces.action}.")
         self.config: Any = config  # resolved: nothing is None
         seen = Spaces(_without_sign(spaces.observation), spaces.action)
-        self.model = LatentModel(seen, config.architecture or Architecture(), rng=rng).to(device)
+        self.model = LatentModel(seen, config.architecture, rng=rng).to(device)
         self.inverse_head = new_inverse_head(
             self.model.state_shape, self.model.action_dim, hidden=self._inverse_width, rng=rng
         ).to(device)

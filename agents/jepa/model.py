@@ -56,8 +56,8 @@ class Architecture:
 
     name: Literal["small", "two-rooms", "diverse-maze", "state-ensemble"] = "small"
     members: int | None = None
-    latent: int = 64
-    encoder_hidden: tuple[int, ...] = (256,)
+    latent: int = 32
+    encoder_hidden: tuple[int, ...] = (256, 256)
     frequencies: int = 4
     channels: tuple[int, ...] = (16, 32, 32)
     kernels: tuple[int, ...] = (5, 3, 3)

@@ -604,7 +604,7 @@ def test_actions_must_be_a_vector(space: Any) -> None:
         ({"hidden": (8, 0)}, "hidden must be positive, got \\(8, 0\\)"),
         ({"activation": "step"}, "activation must be one of relu, gelu"),
         ({"channels": (8,)}, "one number per convolution"),
-        ({"name": "two-rooms", "latent": 32, "hidden": (64,)}, "'two-rooms' is fixed; latent, hidden can only be set"),
+        ({"name": "two-rooms", "latent": 48, "hidden": (64,)}, "'two-rooms' is fixed; latent, hidden can only be set"),
         ({"size": 3}, "Unknown key 'size'"),
     ],
 )
