@@ -142,8 +142,6 @@ class MLPStepper:
         ]
         self._outputs = [b[..., :n] for b, n in zip(self._buffers[1:], inputs[1:], strict=True)]
         self._z, self._action = self._buffers[0][..., :latent], self._buffers[0][..., latent : inputs[0]]
-        # relu keeps the column of ones, so it may run over the whole buffer, which is contiguous
-        self._activated = self._buffers[1:] if activation == "relu" and norms is None else self._outputs
         aside = residual or self._members or len(affines) == 1  # one layer alone would write over what it reads
         self._increment = torch.empty_like(self._z) if aside else None
         self._multiply = torch.bmm if self._members else torch.mm
@@ -170,13 +168,13 @@ class MLPStepper:
     def step(self, action: Tensor) -> Tensor:
         self._action.copy_(action)
         x = self._buffers[0]
-        for weight, output, activated, buffer, norm in zip(
-            self._weights, self._outputs, self._activated, self._buffers[1:], self._norm, strict=False
+        for weight, output, buffer, norm in zip(
+            self._weights, self._outputs, self._buffers[1:], self._norm, strict=False
         ):
             self._multiply(x, weight, out=output)
             if norm is not None:
                 _layer_norm_(output, norm)
-            self._activate(activated)
+            self._activate(output)
             x = buffer
         if self._increment is None:
             self._multiply(x, self._weights[-1], out=self._z)
@@ -252,11 +250,11 @@ class GRUStepper:
 
 
 def _with_ones(members: Sequence[int], rows: int, inputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros (*members, rows, >= inputs + 1), ones in the column after the inputs; what is left only fills cache lines."""
+    """Zeros (*members, rows, inputs + 1) with ones in the last column, and rows that begin at a cache line."""
     width = -(-(inputs + 1) // _ALIGN) * _ALIGN
     buffer = torch.zeros(*members, rows, width, dtype=dtype, device=device)
     buffer[..., inputs] = 1
-    return buffer
+    return buffer[..., : inputs + 1]
 
 
 def _like_norm(norm: Norm | None, dtype: torch.dtype) -> Norm | None:
