@@ -198,6 +198,7 @@ class PLDM(Agent):
             self.planner_class.Config, self.config.planner_options, where=f"planner {self.config.planner!r}"
         )
         self.largest_action = 0.0  # norm, in the data so far; 0 before any
+        self._controller: tuple[float | None, MPC] | None = None
         self.optimizer = self._new_optimizer()
         self.updates = self.samples = 0
         self.phase = (0, 0)  # updates of the present call of `learn`: done, in all
@@ -327,8 +328,11 @@ class PLDM(Agent):
     def controller(self) -> MPC:
         """The planner in receding horizon, within the action space and, by default, the norms seen in the data."""
         cap = self.largest_action if self.config.cap_actions and self.largest_action > 0 else None
-        bounds = ActionBounds.of(self.spaces.action, cap)
-        return MPC(self.planner_class(bounds, self.planner_config), replan_every=self.config.replan_every)
+        # kept, since a planner keeps what it records on a GPU
+        if self._controller is None or self._controller[0] != cap:
+            planner = self.planner_class(ActionBounds.of(self.spaces.action, cap), self.planner_config)
+            self._controller = cap, MPC(planner, replan_every=self.config.replan_every)
+        return self._controller[1]
 
     def objective(self, goal: Tensor, obs: Any = None) -> Objective:
         """Distance to encoded goals (B, *latent), towards or away from them, and the disagreement of an ensemble."""
