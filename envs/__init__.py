@@ -15,6 +15,10 @@ TABLE: dict[str, tuple[str, str]] = {
         "clbench.envs.two_rooms:TwoRoomsVectorEnv",
         "point agent, two rooms joined by a door; state or 2x65x65 pixels (PLDM)",
     ),
+    "clbench/TwoRoomsChase-v0": (
+        "clbench.envs.two_rooms_chase:TwoRoomsChaseVectorEnv",
+        "Two-Rooms with a chaser to stay away from (new task of PLDM)",
+    ),
     "clbench/PointMaze-v0": (
         "clbench.envs.point_maze:PointMazeVectorEnv",
         "point mass in a 4x4 maze; state, or 3x64x64 pixels and velocity (Diverse PointMaze of PLDM)",
@@ -30,6 +34,12 @@ gymnasium.register(
     entry_point="clbench.envs.two_rooms:TwoRoomsEnv",
     vector_entry_point="clbench.envs.two_rooms:TwoRoomsVectorEnv",
     max_episode_steps=200,
+)
+gymnasium.register(
+    id="clbench/TwoRoomsChase-v0",
+    entry_point="clbench.envs.two_rooms_chase:TwoRoomsChaseEnv",
+    vector_entry_point="clbench.envs.two_rooms_chase:TwoRoomsChaseVectorEnv",
+    max_episode_steps=100,
 )
 gymnasium.register(
     id="clbench/PointMaze-v0",

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -30,6 +30,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from clbench.envs.goal_grid import GoalGrid, lattice
 from clbench.envs.seeding import EpisodeSeeds, check_batch, split_options
 from clbench.errors import ConfigError, ContractError, DataError, unknown_name
 from clbench.rng import hash_uniform
@@ -328,11 +329,17 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         noise: standard deviation per axis, for ``"noisy"``.
         max_episode_steps: steps until truncation, or ``None``.
         terminate_on_success: whether reaching the goal ends the episode.
+        goal_sign: add the key ``goal_sign`` (B, 1) to the observations: 1, goals are to be reached. So the spaces are those
+            of :class:`clbench.envs.two_rooms_chase.TwoRoomsChaseVectorEnv`, where it is -1.
         render_mode: for Gymnasium; :meth:`render` always works.
 
     Raises:
         ConfigError: an option out of its range.
     """
+
+    # reset options that are points, and the state that each sets
+    _points_of: ClassVar[Mapping[str, str]] = {"start": "start", "goal": "goal"}
+    _goal_colour: ClassVar[tuple[int, int, int]] = (44, 160, 44)
 
     def __init__(
         self,
@@ -346,6 +353,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         noise: float = 0.5,
         max_episode_steps: int | None = 200,
         terminate_on_success: bool = True,
+        goal_sign: bool = False,
         render_mode: str | None = None,
     ):
         for kind, value, known in (
@@ -370,10 +378,11 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         self._background = background(*torch.broadcast_tensors(self.wall_x, self.door_y))
         self._frames = FramePool(num_envs, self.device)
         self.metadata = {"autoreset_mode": AUTORESET_MODES[autoreset], "render_modes": ["rgb_array"], "render_fps": 10}
-        self.single_observation_space = observation_space(self.pixels)
+        self.single_observation_space = observation_space(self.pixels, goal_sign)
         self.single_action_space = spaces.Box(-MAX_ACTION, MAX_ACTION, (2,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+        self._sign = torch.ones(num_envs, 1, device=self.device) if goal_sign else None
         self._all_rows = torch.arange(num_envs, device=self.device)
         # the state: position and goal (2, B), steps of the episode (B,), seeds
         self._position = torch.full((2, num_envs), math.nan, device=self.device)
@@ -398,12 +407,12 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         if self._desired is None and not bool(mask.all()):
             raise ContractError("Two-Rooms: the first reset must reset all rows; leave out reset_mask.")
         for key in columns:
-            if key not in ("start", "goal"):
-                raise unknown_name("reset option", key, ("reset_mask", "start", "goal"), where="Two-Rooms")
-        given = {key: self._points(key, column, mask) for key, column in columns.items()}
+            if key not in self._points_of:
+                raise unknown_name("reset option", key, ("reset_mask", *self._points_of), where="Two-Rooms")
+        given = {self._points_of[key]: self._points(key, column, mask) for key, column in columns.items()}
         self._raise_if_bad()
         self._begin(mask, seed, **given)
-        return self._observe(), {"is_success": self._at_goal()}
+        return self._observe(), {"is_success": self._outcome()[0]}
 
     def _points(self, key: str, column: Any, mask: Tensor) -> Tensor:
         """A column of points (B, 2) as (2, B) on the device, checked in the rows of ``mask``."""
@@ -459,10 +468,8 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
 
     def _observe(self, rows: Tensor | None = None, old: Tensor | None = None) -> dict[str, Tensor]:
         shown = self._show(self._position, rows, old)
-        return {"observation": shown, "achieved_goal": shown, "desired_goal": self._desired}  # type: ignore[dict-item]
-
-    def _at_goal(self) -> Tensor:
-        return (self._position - self._goal).square_().sum(0) < 2  # mean over two coordinates below 1
+        obs: dict[str, Any] = {"observation": shown, "achieved_goal": shown, "desired_goal": self._desired}
+        return obs if self._sign is None else obs | {"goal_sign": self._sign}
 
     # -- step -------------------------------------------------------------------------------------------------------
 
@@ -474,12 +481,10 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
                 the last is found at the next ``reset`` or ``state_dict``, so that stepping never waits for the device).
         """
         action = self._columns(actions)
-        noise = self._wall_noise() if self._collide is noisy_at_walls else None
-        self._position = self._collide(self._position.to(torch.float64), action, self._layout, noise).to(torch.float32)
+        self._move(action)
         self._steps += 1
-        success = self._at_goal()
+        success, reward, terminated = self._outcome()
         limit = self.max_episode_steps
-        terminated = success.clone() if self.terminate_on_success else torch.zeros_like(success)
         truncated = torch.zeros_like(success) if limit is None else self._steps >= limit
         obs = self._observe()
         info: dict[str, Any] = {"is_success": success}
@@ -489,7 +494,18 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
             if not ended.is_cpu or bool(ended.any()):
                 self._begin(ended)
                 obs = self._observe(self._rows(ended), obs["observation"])
-        return obs, success.to(torch.float32) - 1, terminated, truncated, info
+        return obs, reward, terminated, truncated, info
+
+    def _move(self, action: Tensor) -> None:
+        """What one step does to the positions; ``action`` float64 (2, B)."""
+        noise = self._wall_noise() if self._collide is noisy_at_walls else None
+        self._position = self._collide(self._position.to(torch.float64), action, self._layout, noise).to(torch.float32)
+
+    def _outcome(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Success, reward and whether the episode is over, each (B,), of the present positions."""
+        success = (self._position - self._goal).square_().sum(0) < 2  # mean over two coordinates below 1
+        over = success.clone() if self.terminate_on_success else torch.zeros_like(success)
+        return success, success.to(torch.float32) - 1, over
 
     def _columns(self, actions: Any) -> Tensor:
         """Checked actions as float64 (2, B)."""
@@ -541,11 +557,27 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         def disc(points: Tensor, radius: float) -> Tensor:
             return (x - points[0][:, None, None]) ** 2 + (y - points[1][:, None, None]) ** 2 < radius**2
 
-        colours = torch.tensor([[247, 247, 247], [68, 68, 68], [44, 160, 44], [31, 119, 180]], device=self.device)
+        colours = torch.tensor([[247, 247, 247], [68, 68, 68], self._goal_colour, [31, 119, 180]], device=self.device)
         kind = solid.to(torch.int64).expand(self.num_envs, -1, -1)
         kind = torch.where(disc(self._goal, math.sqrt(2)), 2, kind)
         kind = torch.where(disc(self._position, DOT), 3, kind)
         return colours.to(torch.uint8)[kind].cpu().numpy()
+
+    def points(self) -> tuple[Tensor, Tensor]:
+        """Where agents and goals are, (B, 2) each, in pixels."""
+        return self._position.t().clone(), self._goal.t().clone()
+
+    def goal_grid(self, row: int = 0) -> GoalGrid:
+        """The free points with whole coordinates of a row's rooms (about 3150)."""
+        layout = Layout(*(v if v.shape[1] == 1 else v[:, row : row + 1] for v in self._layout))
+        points = lattice(torch.arange(LOW, HIGH + 1, device=self.device))
+        points = points[:, is_free(points.to(torch.float64), layout)]
+        place = shown = points.t().contiguous()
+        if self.pixels:
+            empty = self._background[row if len(self._background) > 1 else 0]
+            shown = draw_dots(empty.repeat(points.shape[1], 1, 1, 1), points)
+        edge = SIZE - 0.5
+        return GoalGrid(place, {"observation": shown, "achieved_goal": shown}, (-0.5, edge, edge, -0.5))
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that changes, as tensors; valid in the middle of episodes."""
@@ -573,10 +605,11 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
 _STATE, _SEEDS = ("position", "goal", "steps"), ("base", "episode")
 
 
-def observation_space(pixels: bool) -> spaces.Dict:
+def observation_space(pixels: bool, goal_sign: bool = False) -> spaces.Dict:
     """The goal dict of one environment."""
     one = spaces.Box(0, 255, (2, SIZE, SIZE), np.uint8) if pixels else spaces.Box(0.0, float(SIZE), (2,), np.float32)
-    return spaces.Dict(dict.fromkeys(("observation", "achieved_goal", "desired_goal"), one))
+    keys: dict[str, spaces.Space] = dict.fromkeys(("observation", "achieved_goal", "desired_goal"), one)
+    return spaces.Dict(keys | ({"goal_sign": spaces.Box(-1.0, 1.0, (1,), np.float32)} if goal_sign else {}))
 
 
 def _positions(name: str, value: Any, limits: tuple[float, float], num_envs: int) -> Tensor:
@@ -601,18 +634,19 @@ class TwoRoomsEnv(gymnasium.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    _batch_class: ClassVar[type[TwoRoomsVectorEnv]] = TwoRoomsVectorEnv
 
     def __init__(self, *, render_mode: str | None = None, max_episode_steps: int | None = None, **options: Any):
         if render_mode not in (None, "rgb_array"):
             raise unknown_name("render_mode", str(render_mode), ("rgb_array",), where="Two-Rooms")
-        self._batch = TwoRoomsVectorEnv(1, autoreset="disabled", max_episode_steps=max_episode_steps, **options)
+        self._batch = self._batch_class(1, autoreset="disabled", max_episode_steps=max_episode_steps, **options)
         self.observation_space = self._batch.single_observation_space
         self.action_space = self._batch.single_action_space
         self.render_mode = render_mode
         self._seeded = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
-        """As in Gymnasium; ``options`` may hold ``start`` (2,) and ``goal`` (2,)."""
+        """As in Gymnasium; ``options`` may hold the points of the batched class, each (2,)."""
         super().reset(seed=seed)
         if seed is None and not self._seeded:
             seed = int(self.np_random.integers(2**62))
@@ -628,8 +662,8 @@ class TwoRoomsEnv(gymnasium.Env):
         return self._numpy(obs), float(reward[0]), *flags, {"is_success": bool(info["is_success"][0])}
 
     def compute_reward(self, achieved_goal: Any, desired_goal: Any, info: Any = None) -> Any:
-        """As :meth:`TwoRoomsVectorEnv.compute_reward` (used by hindsight replay)."""
-        return goal_reward(achieved_goal, desired_goal)
+        """As that of the batched class (used by hindsight replay)."""
+        return self._batch.compute_reward(achieved_goal, desired_goal, info)
 
     def render(self) -> Any:
         """uint8 (260, 260, 3) with ``render_mode="rgb_array"``, else ``None``."""

@@ -45,6 +45,7 @@ def two_rooms(
     cross_wall_rate: float = 0.6,
     collision: str = "stop",
     observation: str = "state",
+    goal_sign: bool = False,
     seed: int = 0,
 ) -> OfflineDataset:
     """Random walks in Two-Rooms, a pure function of the arguments.
@@ -62,6 +63,7 @@ def two_rooms(
         cross_wall_rate: share of trajectories laid through the door.
         collision: rule of :data:`clbench.envs.two_rooms.COLLISIONS`; ``"cancel"`` is the reference's generator.
         observation: ``"state"`` (positions) or ``"pixels"`` (rendered from stored positions when a batch is drawn).
+        goal_sign: add the key ``goal_sign`` (N, 1), all 1, as environments with that option have.
         seed: of the generator.
 
     Returns:
@@ -89,11 +91,12 @@ def two_rooms(
 
     def column(position: Tensor) -> dict[str, Any]:
         shared = position if observation == "state" else rendered(position, wall_x, door_y)
-        return {"observation": shared, "achieved_goal": shared}
+        columns = {"observation": shared, "achieved_goal": shared}
+        return columns | {"goal_sign": torch.ones(len(position), 1)} if goal_sign else columns
 
     return OfflineDataset(
         column(data), actions.reshape(-1, 2)[:transitions], lengths, column(final), name="two-rooms",
-        metadata={"generator": "two-rooms", **settings},
+        metadata={"generator": "two-rooms", **settings, **({"goal_sign": True} if goal_sign else {})},
     )  # fmt: skip
 
 
