@@ -93,6 +93,21 @@ def agents() -> str:
     return table(("agent", "what it is", "requires", "options and defaults"), rows)
 
 
+def planners() -> str:
+    """Planners with the options in which they differ from what all sampling planners have, and those."""
+    from clbench.planners.sampling import SamplingConfig
+    from clbench.registry import resolve
+
+    shared = {f.name: f.default for f in dataclasses.fields(SamplingConfig)}
+    rows = []
+    for name, summary in own("planners").items():
+        fields = dataclasses.fields(resolve("planners", name).Config)
+        rows.append((f"`{name}`", summary, options_text(f for f in fields if shared.get(f.name, ...) != f.default)))
+    text = options_text(dataclasses.fields(SamplingConfig))
+    head = f"All but `gradient` also have these options, unless the table says otherwise: {text}.\n\n"
+    return head + table(("planner", "what it is", "options and defaults of its own"), rows)
+
+
 def streams() -> str:
     """Streams with their tasks, budgets and options."""
     from clbench.config import call_with_options, options_of
@@ -243,6 +258,7 @@ def demo_results(folder: Path) -> str:
 CHEAP: dict[str, Callable[[], str]] = {
     "what-works": what_works,
     "agents": agents,
+    "planners": planners,
     "envs": lambda: registered("envs"),
     "streams": streams,
     "schedules": schedules,

@@ -108,6 +108,10 @@ def test_the_data_set_conforms_and_shows_the_way() -> None:
     assert after > 0.9 > before
 
 
+def test_the_planner_conforms() -> None:
+    run_check("my_planner:HalfWay").raise_if_failed()
+
+
 def test_the_stream_and_the_schedule_conform_and_run() -> None:
     check_stream("my_stream:pendulum_gravity", tasks=2).raise_if_failed()
     check_schedule("my_schedule:there_and_back").raise_if_failed()
