@@ -168,7 +168,8 @@ def _run_arguments(stream: str, agent: str, schedule: str) -> type:
     for f in dataclasses.fields(RunConfig):
         if f.name in groups:
             name, kind = groups[f.name]
-            fields.append((f.name, Annotated[kind, tyro.conf.arg(name=name)], dataclasses.field(default_factory=kind)))
+            # no default: an instance would have filled in what its other options decide about, such as a preset
+            fields.append((f.name, Annotated[kind, tyro.conf.arg(name=name)]))
         elif f.name == "stream":
             fields.append((f.name, Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=helps[f.name])]))
         else:
@@ -179,7 +180,7 @@ def _run_arguments(stream: str, agent: str, schedule: str) -> type:
         ("overwrite", Annotated[bool, tyro.conf.arg(help="start again, deleting what is in the run directory")], False),
         ("report", Annotated[bool, tyro.conf.arg(help="write report.html into the run directory")], True),
     ]
-    return dataclasses.make_dataclass("Run", fields)
+    return dataclasses.make_dataclass("Run", fields, kw_only=True)
 
 
 def _type_of(cls: type, name: str) -> Any:
