@@ -15,6 +15,11 @@ from clbench.testing.fixtures import ALL_FIXTURES, FIXTURES, Fixture
 # options that make a registered agent small and quick; an agent that is not named here is checked with its defaults
 CONFIGS: dict[str, dict[str, Any]] = {
     "bc": {"hidden": (16,), "batch_size": 8},
+    "pldm": {
+        "window": 4, "batch_size": 4, "replan_every": 2,
+        "architecture": {"latent": 4, "encoder_hidden": (8,), "hidden": (8,), "channels": (4, 4, 4)},
+        "planner_options": {"horizon": 8, "samples": 16, "elites": 4, "iterations": 1},
+    },
     "sb3-ppo": {"hidden": (16,), "rollout_steps": 32, "batch_size": 16, "n_epochs": 2},
     "sb3-dqn": {
         "hidden": (16,), "buffer_size": 256, "learning_starts": 32, "batch_size": 8, "target_update_interval": 32,
@@ -23,7 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sb3-td3": {"hidden": (16,), "buffer_size": 256, "learning_starts": 32, "batch_size": 8},
 }  # fmt: skip
 # enough for several updates and for two interruptions in the middle
-BUDGETS = {"bc": 12, "sb3-ppo": 192, "sb3-dqn": 192, "sb3-sac": 192, "sb3-td3": 192}
+BUDGETS = {"bc": 12, "pldm": 12, "sb3-ppo": 192, "sb3-dqn": 192, "sb3-sac": 192, "sb3-td3": 192}
 
 
 def check(name: str, candidates: Sequence[Fixture]) -> None:

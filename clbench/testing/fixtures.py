@@ -24,6 +24,7 @@ from clbench.rng import hash_seeds, hash_uniform, torch_generator
 
 IMAGE = 36  # pixels per side: the smallest picture that the usual three-layer convolutional encoder accepts
 _MOVES = ((0.4, 0.0), (-0.4, 0.0), (0.0, 0.2), (0.0, -0.2))
+_EPISODES, _LENGTH = 4, 32  # of the data
 _LIMITS = (0.5, 0.25)  # neither 1 nor equal, so that an agent that ignores the action space is noticed
 
 
@@ -214,24 +215,25 @@ class Fixture:
 
     @cached_property
     def _walks(self) -> tuple[Tensor, Tensor]:
-        """Random walks: positions (8, 9, 2) and actions (8, 8, ...)."""
+        """Random walks: positions (E, L + 1, 2) and actions (E, L, ...)."""
         rng = torch_generator(0, "testing", "fixtures")
-        position = torch.rand(8, 2, generator=rng) * 1.8 - 0.9
-        choice = torch.randint(4, (8, 8), generator=rng)
+        position = torch.rand(_EPISODES, 2, generator=rng) * 1.8 - 0.9
+        choice = torch.randint(4, (_EPISODES, _LENGTH), generator=rng)
         limits = torch.tensor(_LIMITS)
-        moves = torch.tensor(_MOVES)[choice] if self.discrete else (torch.rand(8, 8, 2, generator=rng) * 2 - 1) * limits
+        steps = (torch.rand(_EPISODES, _LENGTH, 2, generator=rng) * 2 - 1) * limits
+        moves = torch.tensor(_MOVES)[choice] if self.discrete else steps
         path = [position]
-        for t in range(8):
+        for t in range(_LENGTH):
             path.append((path[-1] + moves[:, t]).clamp(-1, 1))
         return torch.stack(path, 1), choice if self.discrete else moves
 
     def dataset(self, task: int | None = None) -> OfflineDataset:
-        """64 transitions in 8 episodes."""
+        """128 transitions in 4 episodes, which are long enough for agents that train on sequences."""
         path, actions = self._walks
         data = OfflineDataset(
             observe(path[:, :-1].flatten(0, 1), None, pixels=self.pixels, goal=self.goal),
             actions.flatten(0, 1).clone(),
-            torch.full((8,), 8),
+            torch.full((_EPISODES,), _LENGTH),
             observe(path[:, -1], None, pixels=self.pixels, goal=self.goal),
             name=f"toy: {self.name}",
         )

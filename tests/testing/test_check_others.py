@@ -294,7 +294,7 @@ def rendered_anew():
 
 
 def rendered_from_one_buffer():
-    buffer = torch.zeros(100, 2)
+    buffer = torch.zeros(200, 2)
     original = toy_data().observations[:, :2]
 
     def render(columns):
