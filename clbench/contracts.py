@@ -236,6 +236,12 @@ class Stream:
                 if name not in names:
                     raise unknown_name("task", name, names, where=f"stream {self.name!r}")
 
+    @property
+    def trained(self) -> tuple[Task, ...]:
+        """The tasks that some phase trains; the others are only evaluated."""
+        visited = {name for phase in self.phases for name in phase.tasks}
+        return tuple(task for task in self.tasks if task.name in visited)
+
     def task(self, name: str) -> Task:
         """The task of that name.
 

@@ -52,7 +52,7 @@ def experience_unit(agent_class: type[Agent], stream: Stream) -> Unit:
     """What a budget counts for this agent: environment steps if an environment drives it, else gradient updates."""
     if "env" in agent_class.requires:
         return "env_steps"
-    if "dataset" in agent_class.requires or all(t.dataset_id for t in stream.tasks):
+    if "dataset" in agent_class.requires or all(t.dataset_id for t in stream.trained):
         return "updates"
     return "env_steps"
 
@@ -70,7 +70,7 @@ def check_requirements(agent_class: type[Agent], agent_name: str, stream: Stream
     part = obs["observation"] if isinstance(obs, gymnasium.spaces.Dict) and "observation" in obs.spaces else obs
     pixels = isinstance(part, gymnasium.spaces.Box) and part.dtype == "uint8" and len(part.shape) == 3
     discrete = isinstance(spaces.action, gymnasium.spaces.Discrete)
-    without_data = [t.name for t in stream.tasks if not t.dataset_id]
+    without_data = [t.name for t in stream.trained if not t.dataset_id]
     told = {"task_id": ("task_id",), "boundaries": ("task_id", "boundaries")}
     met = {
         "dataset": (not without_data, f"the tasks {without_data} have no data set"),

@@ -119,7 +119,7 @@ def streams() -> str:
         function = resolve("streams", name)
         suite = call_with_options(function, None, where=name, rng=numpy_generator(0, "stream", "tasks"))
         options = options_text(dataclasses.fields(options_of(function)))
-        rows.append((f"`{name}`", summary, len(suite.tasks), suite.updates, suite.env_steps, options))
+        rows.append((f"`{name}`", summary, len(suite.table), suite.updates, suite.env_steps, options))
     return table(("stream", "what it is", "tasks", "updates per task", "steps per task", "options and defaults"), rows)
 
 

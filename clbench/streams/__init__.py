@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 # name -> ("module:function", summary); a function returns a Suite (tasks and default budgets) or a whole Stream
 TABLE: dict[str, tuple[str, str]] = {
     "two-rooms-doors": ("clbench.streams.two_rooms:two_rooms_doors", "Two-Rooms with 5 wall and door positions"),
+    "two-rooms-chase": (
+        "clbench.streams.two_rooms_chase:two_rooms_chase",
+        "learn Two-Rooms, then keep away from a chaser without further training",
+    ),
     "maze-layouts": ("clbench.streams.maze_layouts:maze_layouts", "PointMaze, 5 layouts (up to 40) as tasks"),
     "digits-permuted": ("clbench.streams.digits:digits_permuted", "digits under fixed pixel permutations, 10 tasks"),
     "digits-split": ("clbench.streams.digits:digits_split", "digits, two classes at a time, 5 tasks"),

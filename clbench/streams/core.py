@@ -27,6 +27,7 @@ class Suite:
         updates: gradient updates per task for agents that learn from a data set.
         env_steps: environment steps per task for agents that learn from interaction.
         reveals: what the agent is told unless the user asks for another level.
+        zero_shot: tasks that no schedule trains; they are evaluated whenever the others are.
     """
 
     name: str
@@ -34,6 +35,12 @@ class Suite:
     updates: int
     env_steps: int
     reveals: Reveals = "boundaries"
+    zero_shot: Sequence[Task] = ()
+
+    @property
+    def table(self) -> tuple[Task, ...]:
+        """All tasks, the trained ones first."""
+        return (*self.tasks, *self.zero_shot)
 
 
 def make_stream(
@@ -86,7 +93,7 @@ def make_stream(
         budget=each,
         rng=numpy_generator(seed, "stream", "schedule"),
     )
-    return Stream(suite.name, tuple(suite.tasks), number_visits(suite.tasks, slots), reveals or suite.reveals)
+    return Stream(suite.name, suite.table, number_visits(suite.tasks, slots), reveals or suite.reveals)
 
 
 def resolve_stream(name: str) -> Any:
@@ -131,5 +138,5 @@ def one_phase_per_task(stream: Stream) -> Stream:
 
 def joint(stream: Stream) -> Stream:
     """Protocol ``joint``: all tasks that the stream visits at once, for the sum of all budgets."""
-    visited = tuple(t.name for t in stream.tasks if any(t.name in p.tasks for p in stream.phases))
+    visited = tuple(t.name for t in stream.trained)
     return Stream(stream.name, stream.tasks, (Phase(visited, sum(p.budget for p in stream.phases)),), stream.reveals)
