@@ -7,6 +7,7 @@ these environments lets the rollout take them block by block.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -50,11 +51,20 @@ class GoalDistance:
         self.goal, self.features, self.sign = goal, features, sign
         self.reduce: Literal["sum", "last"] = reduce
         self.horizon = horizon if reduce == "last" else None
-        self._target = (goal if features is None else features(goal))[:, None]
-        self._scale = sign / math.prod(self._target.shape[2:])
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._target = (self.goal if self.features is None else self.features(self.goal))[:, None]
+        self._scale = self.sign / math.prod(self._target.shape[2:])
         if isinstance(self._scale, Tensor):
-            self._scale = self._scale.to(goal.device, torch.float32).view(-1, 1)
+            self._scale = self._scale.to(self.goal.device, torch.float32).view(-1, 1)
         self._difference: Tensor | None = None  # kept between steps, so that a step needs no fresh memory
+
+    def _with(self, goal: Tensor, sign: float | Tensor) -> GoalDistance:
+        other = copy.copy(self)
+        other.goal, other.sign = goal, sign
+        other._prepare()
+        return other
 
     def __call__(self, z: Tensor, step: int) -> Tensor:
         if self.horizon is not None and step != self.horizon:
@@ -71,24 +81,22 @@ class GoalDistance:
     def select(self, rows: Rows) -> GoalDistance:
         """The objective of some environments."""
         sign = self.sign[rows] if isinstance(self.sign, Tensor) and self.sign.ndim else self.sign
-        return GoalDistance(
-            self.goal[rows], reduce=self.reduce, horizon=self.horizon, features=self.features, sign=sign
-        )  # fmt: skip
+        return self._with(self.goal[rows], sign)
 
     def clone(self) -> GoalDistance:
         """The same with tensors of its own."""
         sign = self.sign.clone() if isinstance(self.sign, Tensor) else self.sign
-        return GoalDistance(
-            self.goal.clone(), reduce=self.reduce, horizon=self.horizon, features=self.features, sign=sign
-        )  # fmt: skip
+        return self._with(self.goal.clone(), sign)
 
     def tensors(self) -> list[Tensor]:
         """What differs between plans; what is equal in :meth:`key` may share a recorded iteration."""
         return [self._target, *([self._scale] if isinstance(self._scale, Tensor) else [])]
 
     def key(self) -> tuple[Any, ...]:
+        """Holds ``None`` for a subclass, of whose data nothing is known here."""
+        kind = GoalDistance if type(self) is GoalDistance else None
         scale = self._scale if isinstance(self._scale, float) else "per environment"
-        return (GoalDistance, self.horizon or "all steps", self.features or "all features", scale)
+        return (kind, self.horizon or "all steps", self.features or "all features", scale)
 
 
 class Uncertainty:
@@ -125,7 +133,7 @@ class Uncertainty:
         return []
 
     def key(self) -> tuple[Any, ...]:
-        return (Uncertainty, self.weight, self.discount)
+        return (Uncertainty if type(self) is Uncertainty else None, self.weight, self.discount)
 
 
 class Sum:

@@ -23,7 +23,8 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "tf32", "bfloat16")
 
 _SMALL = 2**26  # bytes: less than this is not worth asking how much memory is free
-_CPU_BLOCK = 2**17  # numbers: latents of a block that stay, with the layers between them, in the cache of the cores
+# a block's latents (numbers) and rows, such that they stay, with the layers between them, in the cache of the cores
+_CPU_NUMBERS, _CPU_ROWS = 2**17, 2**12
 
 
 class Rollout:
@@ -166,8 +167,8 @@ def block_size(z: Tensor, samples: int) -> int:
     """
     if z.device.type != "cpu":
         return len(z)
-    per_env = samples * max(1, z[0].numel())
-    return max(1, _CPU_BLOCK // per_env)
+    latent = max(1, z.shape[1:].numel())
+    return max(1, min(_CPU_NUMBERS // latent, _CPU_ROWS) // samples)
 
 
 @contextlib.contextmanager
@@ -217,7 +218,7 @@ def check_memory(z: Tensor, horizon: int, samples: int, action_size: int, *, blo
     Raises:
         ConfigError: says how much it would need, how much there is, and what to lower.
     """
-    envs, latent = len(z), max(1, z[0].numel()) if len(z) else 1
+    envs, latent = len(z), max(1, z.shape[1:].numel())
     sequences = 2 * 4 * envs * samples * horizon * action_size  # noise and candidates
     rows = min(envs, block or block_size(z, samples)) * samples
     latents = 4 * 4 * rows * (latent + action_size)  # the buffers of a block: latents, hidden layers, differences

@@ -250,11 +250,18 @@ class GRUStepper:
 
 
 def _with_ones(members: Sequence[int], rows: int, inputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros (*members, rows, inputs + 1) with ones in the last column, and rows that begin at a cache line."""
+    """Zeros (*members, rows, inputs + 1) with ones in the last column, and rows that begin at a cache line.
+
+    On a GPU with the zeros that fill the cache line, because tensor cores like such sizes; a CPU would only multiply them.
+    """
     width = -(-(inputs + 1) // _ALIGN) * _ALIGN
     buffer = torch.zeros(*members, rows, width, dtype=dtype, device=device)
     buffer[..., inputs] = 1
-    return buffer[..., : inputs + 1]
+    return buffer if _whole_lines(device) else buffer[..., : inputs + 1]
+
+
+def _whole_lines(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def _like_norm(norm: Norm | None, dtype: torch.dtype) -> Norm | None:

@@ -110,6 +110,7 @@ def test_what_cannot_be_recorded_runs_plainly(tape):
         (Point(), goal, {}),  # no resident buffers
         (Network(2), lambda z, step: z.square().sum(-1), {}),  # an objective without key
         (Network(2), Sum(goal, lambda z, step: z.square().sum(-1)), {}),
+        (Network(2), type("Mine", (GoalDistance,), {})(randn(2, 2)), {}),  # of whose data nothing is known
         (Network(2), goal, {"block": 1}),
         (Network(2), goal, {"cuda_graph": False}),
     ):

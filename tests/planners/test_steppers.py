@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from clbench.errors import ConfigError, ContractError, UnknownNameError
+from clbench.planners import steppers
 from clbench.planners.steppers import (
     ACTIVATIONS,
     GRUStepper,
@@ -19,6 +20,13 @@ from clbench.planners.steppers import (
     make_stepper,
 )
 from clbench.rng import torch_generator
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["exact", "whole cache lines"])
+def both_layouts(request, monkeypatch):
+    """The layout of a CPU and of a GPU."""
+    monkeypatch.setattr(steppers, "_whole_lines", lambda device: request.param)
+
 
 RNG = torch_generator(0, "steppers")
 
