@@ -190,6 +190,10 @@ class PLDM(Agent):
         self.config: Any = config  # resolved: nothing is None
         seen = Spaces(_without_sign(spaces.observation), spaces.action)
         self.model = LatentModel(seen, config.architecture, rng=rng).to(device)
+        if self.model.keys.target is None:
+            raise ConfigError(
+                f"Agent 'pldm' plans towards goals, but observations have no key 'desired_goal': {spaces.observation}."
+            )
         self.inverse_head = new_inverse_head(
             self.model.state_shape, self.model.action_dim, hidden=self._inverse_width, rng=rng
         ).to(device)
@@ -198,7 +202,10 @@ class PLDM(Agent):
             self.planner_class.Config, self.config.planner_options, where=f"planner {self.config.planner!r}"
         )
         self.largest_action = 0.0  # norm, in the data so far; 0 before any
+        space = spaces.action  # a norm is capped by moving towards 0, which must be allowed
+        self._capped = config.cap_actions and bool((space.low <= 0).all() and (space.high >= 0).all())
         self._controller: tuple[float | None, MPC] | None = None
+        self.controller()  # bounds and samples that no plan could be made with are noticed here
         self.optimizer = self._new_optimizer()
         self.updates = self.samples = 0
         self.phase = (0, 0)  # updates of the present call of `learn`: done, in all
@@ -327,7 +334,7 @@ class PLDM(Agent):
 
     def controller(self) -> MPC:
         """The planner in receding horizon, within the action space and, by default, the norms seen in the data."""
-        cap = self.largest_action if self.config.cap_actions and self.largest_action > 0 else None
+        cap = self.largest_action if self._capped and self.largest_action > 0 else None
         # kept, since a planner keeps what it records on a GPU
         if self._controller is None or self._controller[0] != cap:
             planner = self.planner_class(ActionBounds.of(self.spaces.action, cap), self.planner_config)
