@@ -353,7 +353,7 @@ class RunDirectory:
         The checkpoint goes first and the configuration last: at no moment could what is left be taken for another run.
         """
         events = self.path.glob("events.out.tfevents.*")
-        pages = self.path / "rollout.png", self.path / "report.html"
+        pages = [self.path / name for name in ("rollout.png", "planning.png", "report.html")]
         logs = self.eval.path, self.train.path
         for file in (self.checkpoint, self.results, self.timing, *logs, *pages, *events, self.stream, self.config):
             file.unlink(missing_ok=True)

@@ -36,6 +36,7 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from clbench.envs.goal_grid import GoalGrid, lattice
 from clbench.envs.seeding import AUTORESETS, EpisodeSeeds, check_batch, split_options
 from clbench.envs.two_rooms import FramePool
 from clbench.errors import ConfigError, ContractError, DataError, unknown_name
@@ -586,6 +587,24 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
         kind = torch.where(solid, 1, kind)
         kind = torch.where(disc(self._position, DISC), 3, kind)
         return colours.to(torch.uint8)[kind].cpu().numpy()
+
+    def points(self) -> tuple[Tensor, Tensor]:
+        """Where agents and goals are, (B, 2) each, in cells."""
+        return self._position.t().clone(), self._goal.t().clone()
+
+    def goal_grid(self, row: int = 0) -> GoalGrid:
+        """Points 0.1 cells apart that the ball's centre can reach in the layout of a row, at rest there."""
+        layout = self._layout[row : row + 1]
+        points = lattice((torch.arange(10 * SIDE, device=self.device) + 0.5) / 10)
+        points = points[:, wall_distance(points.to(torch.float64), ring_code(layout)) > RADIUS]
+        place, still = points.t().contiguous(), torch.zeros_like(points.t())
+        if self.pixels:
+            shown = draw_discs(background(layout).repeat(len(place), 1, 1, 1), points)
+            observations = {"observation": shown, "achieved_goal": shown, "velocity": still}
+        else:
+            observations = {"observation": torch.cat([place, still], 1), "achieved_goal": place}
+        low, high = -EDGE / CELL, (SIZE - EDGE) / CELL
+        return GoalGrid(place, observations, (low, high, high, low))
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that changes, as tensors; valid in the middle of episodes."""

@@ -499,18 +499,33 @@ def _cost_cell(key: str, values: Sequence[Any]) -> str:
 
 
 def _pictures(group: Group) -> str:
+    parts = []
+    if figures := _picture_figures(group, "rollout.png", "Episodes"):
+        parts.append(f'<h3>Episodes</h3><div class="pictures">{figures}</div>')
+    if figures := _picture_figures(group, "planning.png", "Planning"):
+        caption = _caption(
+            "Maps: mean squared latent distance of every free position (at rest) to the goal of episode 1, and the length "
+            "of the shortest path to it, dark is near; their Spearman correlation. Episodes: the executed path (black), "
+            "and plans made at the marked places (from dark, the first, to light). A latent of a plan is drawn at the "
+            "position of the grid whose encoded observation is nearest to it. Strip: the observation at that position "
+            "for steps of the first plan of episode 1, above what happened at those steps, with planning anew on the way."
+        )
+        parts.append(f'<h3>Planning</h3><div class="pictures wide">{figures}</div>{caption}')
+    return "".join(parts)
+
+
+def _picture_figures(group: Group, name: str, what: str) -> str:
+    """The picture of that name of each agent's first run that has one."""
     figures = []
     for label, runs in group.agents.items():
-        picture = next((r for r in runs if (r.path / "rollout.png").exists()), None)
-        if picture is None or (picture.path / "rollout.png").stat().st_size > PICTURE_BYTES:
+        picture = next((r for r in runs if (r.path / name).exists()), None)
+        if picture is None or (picture.path / name).stat().st_size > PICTURE_BYTES:
             continue
-        data = base64.b64encode((picture.path / "rollout.png").read_bytes()).decode()
-        image = f'<img alt="Episodes of {escape(label)}" src="data:image/png;base64,{data}">'
+        data = base64.b64encode((picture.path / name).read_bytes()).decode()
+        image = f'<img alt="{what} of {escape(label)}" src="data:image/png;base64,{data}">'
         title = f'{escape(label)} <span class="n">seed {picture.seed}</span>'
         figures.append(f"<figure><figcaption>{title}</figcaption>{image}</figure>")
-    if not figures:
-        return ""
-    return f'<h3>Episodes</h3><div class="pictures">{"".join(figures)}</div>'
+    return "".join(figures)
 
 
 def _provenance(group: Group) -> str:
