@@ -125,9 +125,11 @@ def _run(arguments: Arguments) -> int:
     if parsed.report:
         from clbench.report import write_report
         from clbench.report.pictures import save_rollout
+        from clbench.report.planning import save_planning
 
         if result.agent is not None:
             save_rollout(result)
+            save_planning(result)
         print(f"Report: {write_report([result.path], result.path / 'report.html')}")
     return 0
 
