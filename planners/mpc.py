@@ -36,8 +36,19 @@ class MPC:
         self._warm = hasattr(planner, "start") and hasattr(planner, "shift")
 
     def due(self, memory: dict[str, Any] | None, first: Tensor) -> Tensor:
-        """The environments (B,) bool that the next :meth:`act` plans for; only their latents are looked at."""
-        return torch.ones_like(first) if memory is None else first | (memory["cursor"] >= self.replan_every)
+        """The environments (B,) bool that the next :meth:`act` plans for; only their latents are looked at.
+
+        Raises:
+            ContractError: a memory of another number of environments.
+        """
+        if memory is None:
+            return torch.ones_like(first)
+        if len(memory["cursor"]) != len(first):
+            raise ContractError(
+                f"The memory is of {len(memory['cursor'])} environments, but {len(first)} are to act; pass None to "
+                "begin anew."
+            )
+        return first | (memory["cursor"] >= self.replan_every)
 
     def act(
         self, model: WorldModel, z: Tensor, objective: Objective, memory: dict[str, Any] | None, first: Tensor, *,
@@ -56,11 +67,6 @@ class MPC:
             first: (B,) bool, rows that begin an episode.
             rng: one generator, or one per environment.
         """
-        if memory is not None and len(memory["cursor"]) != len(first):
-            raise ContractError(
-                f"The memory is of {len(memory['cursor'])} environments, but {len(first)} are to act; pass None to "
-                "begin anew."
-            )
         due = self.due(memory, first)
         if memory is None:
             warm = self.planner.start(len(first), z.device) if self._warm else None

@@ -288,6 +288,8 @@ class LatentModel(nn.Module):
     def encode_frames(self, obs: Any) -> Tensor:
         """Observations (B, T, ...) -> (B, T, *state_shape), without an axis of members."""
         parts = obs if isinstance(obs, Mapping) else {"": obs}
+        if self.keys.goal is not None:
+            _part(obs, self.keys.goal)  # what is missing is said here
         used = {k: v for k, v in parts.items() if k in ("", self.keys.goal, *self.keys.context)}
         batch, time = next(iter(used.values())).shape[:2]
         flat = {k: v.flatten(0, 1) for k, v in used.items()}
