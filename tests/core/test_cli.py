@@ -213,13 +213,13 @@ def test_kill_at_random_moments_and_resume(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("toys_on_path")
-@pytest.mark.parametrize("agent", ["bc", "random", "sb3-ppo", "sb3-dqn", "sb3-sac", "sb3-td3"])
+@pytest.mark.parametrize("agent", ["bc", "pldm", "random", "sb3-ppo", "sb3-dqn", "sb3-sac", "sb3-td3"])
 def test_twenty_kills_for_every_registered_agent(tmp_path: Path, capsys: Any, agent: str) -> None:
-    stream, budget = {"sb3-sac": ("two-rooms-doors", "400"), "sb3-td3": ("two-rooms-doors", "400")}.get(
-        agent, ("digits-split", "600")
-    )
-    arguments = ["run", stream, "--agent", agent, "--budget", budget, "--no-tensorboard", "--no-report",
-                 "--checkpoint-seconds", "0"]  # fmt: skip
+    doors = ["two-rooms-doors", "--budget", "400"]
+    small = ["--stream.episodes", "4", "--agent.planner-options", "samples", "64", "horizon", "8"]
+    special = {"sb3-sac": doors, "sb3-td3": doors, "pldm": ["two-rooms/size-634-v0", "--budget", "400", *small]}
+    arguments = ["run", *special.get(agent, ["digits-split", "--budget", "600"]), "--agent", agent, "--no-tensorboard",
+                 "--no-report", "--checkpoint-seconds", "0"]  # fmt: skip
     kill_and_resume(tmp_path, capsys, arguments, kills=20, seed=1)
 
 
