@@ -29,7 +29,7 @@ usage: clbench VERB [ARGUMENTS] [--traceback]
   data (list|info|make|import|export)  offline data: what there is, from and to Minari and OGBench
   list [KIND] [--json]                 agents, envs, streams, schedules, planners, methods, datasets
   check PLUGIN                         conformance suite on module:Class or a registered name
-  bench envs [--json]                  speed beside the limit of the hardware
+  bench (envs|rollouts) [--json]       speed beside the limit of the hardware
 
 Give a verb and --help for its options."""
 
@@ -312,15 +312,19 @@ def _check(arguments: Arguments) -> int:
 
 
 def _bench(arguments: Arguments) -> int:
-    if not arguments or arguments[0] != "envs":
+    if not arguments or arguments[0] not in BENCHMARKS:
         if arguments and not arguments[0].startswith("-"):
-            raise unknown_name("benchmark", arguments[0], ("envs",))
-        print("usage: clbench bench envs [--json] [--num-envs N] [--device DEVICE] [--quick]")
+            raise unknown_name("benchmark", arguments[0], BENCHMARKS)
+        print(f"usage: clbench bench ({' | '.join(BENCHMARKS)}) [--json] [OPTIONS]")
         return 0 if arguments else 2
+    return BENCHMARKS[arguments[0]](arguments[1:])
+
+
+def _bench_envs(arguments: Arguments) -> int:
     kind = dataclasses.make_dataclass(
         "Bench", [("json", bool, False), ("num_envs", int, 4096), ("device", str, "cpu"), ("quick", bool, False)]
     )
-    parsed = _parse(kind, arguments[1:], "clbench bench envs", "Environment speed beside the memory-bandwidth limit.")
+    parsed = _parse(kind, arguments, "clbench bench envs", "Environment speed beside the memory-bandwidth limit.")
     from clbench.bench.envs import bench_envs
     from clbench.experiments import check_device
 
@@ -333,6 +337,41 @@ def _bench(arguments: Arguments) -> int:
         speed = f"{row['value']:>14,.0f} {row['unit']:<10}"
         print(f"{row['name']:<44} {row['device']:<8} {speed} {row['ratio_to_limit']:>8.2f} x limit")
     return 0
+
+
+def _bench_rollouts(arguments: Arguments) -> int:
+    import inspect
+
+    import tyro
+
+    from clbench.bench.rollouts import bench_rollouts
+    from clbench.experiments import check_device
+
+    helps = _argument_help(bench_rollouts.__doc__ or "")
+    fields: list[Any] = [("json", Annotated[bool, tyro.conf.arg(help="print a list of rows")], False)]
+    for name, parameter in inspect.signature(bench_rollouts, eval_str=True).parameters.items():
+        if name != "note":
+            several = name in ("cases", "planners")
+            option = tyro.conf.arg(help=helps[name], aliases=[f"--{name[:-1]}"] if several else None)
+            kind = Annotated[tuple[str, ...] if several else parameter.annotation, option]
+            fields.append((name, kind, dataclasses.field(default=parameter.default)))
+    kind = dataclasses.make_dataclass("Bench", fields)
+    parsed = _parse(kind, arguments, "clbench bench rollouts", "Planning speed beside the matrix-multiplication limit.")
+    check_device(parsed.device)
+    options = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(parsed) if f.name != "json"}
+    rows = bench_rollouts(**options, note=_say)
+    if parsed.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    print(f"{'':<64} {'ms / plan':>10} {'x limit':>8} {'cost':>8} {'MiB':>8}")
+    for row in rows:
+        cost = "" if row["plan_cost"] is None else f"{row['plan_cost']:.4g}"
+        memory = f"{row['peak_extra_bytes'] / 2**20:.1f}"
+        print(f"{row['name']:<64} {row['value'] * 1e3:>10.1f} {row['ratio_to_limit']:>8.2f} {cost:>8} {memory:>8}")
+    return 0
+
+
+BENCHMARKS: dict[str, Callable[[Arguments], int]] = {"envs": _bench_envs, "rollouts": _bench_rollouts}
 
 
 def _data(arguments: Arguments) -> int:

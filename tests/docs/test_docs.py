@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 import clbench.bench.envs as bench
+import clbench.bench.rollouts as bench_planners
 import clbench.cli.data as cli_data
 import clbench.experiments as experiments
 from clbench.cli.main import main
@@ -125,6 +127,7 @@ def try_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr("clbench.testing.run_check", pretend_check)
         patch.setattr("clbench.report.find_runs", pretend)
         patch.setattr(bench, "bench_envs", pretend)
+        patch.setattr(bench_planners, "bench_rollouts", functools.wraps(bench_planners.bench_rollouts)(pretend))
         patch.setattr(cli_data, "VERBS", {k: (pretend, *rest) for k, (_, *rest) in cli_data.VERBS.items()})
         try:
             main(arguments)
