@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import math
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ from clbench.data.dataset import OfflineDataset
 from clbench.envs.point_maze_data import point_maze
 from clbench.envs.two_rooms_data import two_rooms
 from clbench.errors import ClbenchError, ConfigError, ContractError, DataError, UnknownNameError
+from clbench.streams.dataset_task import stream_of
 from clbench.testing.fixtures import Fixture
 
 POINT = Box(-1, 1, (2,), np.float32)
@@ -660,6 +664,35 @@ def test_a_run_from_the_name_of_a_data_set(observation: str, tmp_path: Any) -> N
     assert isinstance(result.agent, PLDM)
     cost = result.results["cost"]
     assert (cost["updates"], cost["parameters"]) == (3, result.agent.num_parameters)
+
+
+def test_the_ablations_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    spec = importlib.util.spec_from_file_location(
+        "ablate_pldm", Path(__file__).parents[2] / "scripts" / "ablate_pldm.py"
+    )
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    for variant in script.VARIANTS.values():
+        build(PLDM.Config, dict(variant.options), "agent")
+        stream_of(variant.data)
+    tiny = {k: script.Variant({**TINY, **v.options}, "two-rooms/size-634-v0") for k, v in script.VARIANTS.items()}
+    monkeypatch.setattr(script, "VARIANTS", {k: tiny[k] for k in ("full", "no-variance")})
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "results")
+    arguments = ["--budget", "2", "--episodes", "1", "--out", str(tmp_path)]
+    script.main([*arguments, "--seeds", "0"])
+    times = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("checkpoint.pt")}
+    table = script.main([*arguments, "--seeds", "0,1", "--write"])
+    assert len(times) == 2 and all(f.stat().st_mtime_ns == t for f, t in times.items())
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert [row[0] for row in rows[2:]] == ["full", "no-variance"]
+    assert all(len(row) == len(rows[0]) and row[1] == "2" and row[7] == "2" for row in rows[2:])
+    assert all(1 <= float(row[4]) <= 6 and float(row[5]) <= 1 for row in rows[2:])
+    assert table in (tmp_path / "results" / "ablate_pldm.md").read_text()
+    with pytest.raises(SystemExit):
+        script.main(["--variants", "full,no-varience"])
+    assert "unknown variants no-varience; there are full, no-variance" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
