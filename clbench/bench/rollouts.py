@@ -5,7 +5,8 @@ The problem is the same for all: a random world model that forgets where it bega
 box, and the running cost ``sum_t mean_d (z_t - goal)_d^2``. Each row is one implementation on one case::
 
     {"name", "device", "value", "unit", "ratio_to_limit", "case", "planner", "implementation", "steps_per_second",
-     "plan_cost", "zero_plan_cost", "peak_extra_bytes", "B", "K", "H", "D", "iterations", "threads", "precision", "rounds"}
+     "plan_cost", "zero_plan_cost", "peak_extra_bytes", "B", "K", "H", "D", "iterations", "threads", "precision", "clock",
+     "rounds"}
 
 ``value`` is seconds per plan (``unit`` is ``"s/plan"``), the median over rounds; all ``B`` environments are planned for.
 The limit is the time of the model's matrix multiplications alone: all ``B * K`` rows at once, ``H`` steps, all
@@ -53,6 +54,8 @@ PLANNERS = ("cem", "icem", "mppi", "random-shooting")  # gradient can be asked f
 ROUNDS = (3, 15)
 SECONDS = 30.0  # for the rounds of a case, where that makes more than the fewest rounds
 SHORT = 0.1  # seconds: shorter plans are repeated within a round
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 OURS, LOOP, LIMIT = "clbench", "loop over environments", "limit"
 
@@ -307,8 +310,9 @@ def _in_precision(plan: Plan, precision: str, device: str) -> Plan:
 def bench_rollouts(
     cases: Sequence[str] = DEFAULT_CASES, planners: Sequence[str] = PLANNERS, *, device: str = "cpu",
     precision: str = "float32", threads: int | None = None, rounds: int | None = None, peers: bool = True,
-    samples: int | None = None, horizon: int | None = None, iterations: int | None = None, envs: int | None = None,
-    quick: bool = False, note: Callable[[str], None] = lambda text: None,
+    clock: Literal["wall", "cpu"] = "wall", samples: int | None = None, horizon: int | None = None,
+    iterations: int | None = None, envs: int | None = None, quick: bool = False,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure planners on cases.
 
@@ -321,12 +325,14 @@ def bench_rollouts(
         threads: of torch during the measurement; default as they are.
         rounds: times that everything is measured; default as many as fit half a minute, at least 3.
         peers: also measure other packages, where they are installed.
+        clock: "wall" time, or the "cpu" time of the process, which on a machine that is shared says more if there is one
+            thread; a thread that waits for others counts too.
         samples: instead of the cases' ``K``.
         horizon: instead of the cases' ``H``.
         iterations: instead of the cases' own.
         envs: instead of the cases' ``B``.
         quick: tiny sizes and one round, for tests; the numbers mean nothing.
-        note: is told what is left out and why.
+        note: is told what is left out and why, and how far it is.
 
     Returns:
         One dict per implementation and case, see the module.
@@ -336,6 +342,7 @@ def bench_rollouts(
     """
     for kind, names, known in (
         ("case", cases, CASES), ("planner", planners, (*PLANNERS, "gradient")), ("precision", [precision], PRECISIONS),
+        ("clock", [clock], CLOCKS),
     ):  # fmt: skip
         for name in names:
             if name not in known:
@@ -356,7 +363,7 @@ def bench_rollouts(
         try:
             for name in cases:
                 case = dataclasses.replace(CASES[name], **changes)
-                rows += _bench_case(name, case, planners, device, precision, rounds, others, note)
+                rows += _bench_case(name, case, planners, device, precision, rounds, clock, others, note)
         finally:
             torch.set_num_threads(before)
     return rows
@@ -367,7 +374,7 @@ def _cuda_devices(device: str) -> list[int]:
 
 
 def _bench_case(
-    name: str, case: Case, planners: Sequence[str], device: str, precision: str, rounds: int | None,
+    name: str, case: Case, planners: Sequence[str], device: str, precision: str, rounds: int | None, clock: str,
     peers: Mapping[str, Make], note: Callable[[str], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     problem = Problem(case, device)
@@ -387,7 +394,8 @@ def _bench_case(
         calls[contender] = max(1, round(SHORT / seconds))
         total += seconds * calls[contender]
     rounds = rounds or min(max(round(SECONDS / total), ROUNDS[0]), ROUNDS[1])
-    times, costs = _measure(contenders, calls, rounds, problem)
+    note(f"{name}: {len(contenders)} rows, {rounds} rounds of about {total:.1f} s")
+    times, costs = _measure(contenders, calls, rounds, problem, CLOCKS[clock])
     below = times[contenders[0]]
     return [
         {
@@ -410,6 +418,7 @@ def _bench_case(
             "iterations": case.iterations,
             "threads": torch.get_num_threads(),
             "precision": precision,
+            "clock": clock,
             "rounds": rounds,
         }
         for c in contenders
@@ -417,8 +426,9 @@ def _bench_case(
 
 
 def _measure(
-    contenders: Sequence[Contender], calls: Mapping[Contender, int], rounds: int, problem: Problem
-) -> tuple[dict[Contender, list[float]], dict[Contender, list[float]]]:
+    contenders: Sequence[Contender], calls: Mapping[Contender, int], rounds: int, problem: Problem,
+    clock: Callable[[], float],
+) -> tuple[dict[Contender, list[float]], dict[Contender, list[float]]]:  # fmt: skip
     """Seconds per plan, and costs of a plan, of each contender in each round; the order differs from round to round."""
     times: dict[Contender, list[float]] = {c: [] for c in contenders}
     costs: dict[Contender, list[float]] = {c: [] for c in contenders}
@@ -428,11 +438,11 @@ def _measure(
             contender = contenders[i]
             plan: Tensor | None = None
             _wait(problem.device)
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(calls[contender]):
                 plan = contender.plan()
             _wait(problem.device)
-            times[contender].append((time.perf_counter() - begin) / calls[contender])
+            times[contender].append((clock() - begin) / calls[contender])
             if plan is not None:
                 costs[contender].append(float(problem.judge(plan).mean()))
     return times, costs

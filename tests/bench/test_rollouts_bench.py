@@ -35,7 +35,8 @@ SMALL = Case("mlp", 12, 48, envs=3, samples=64, horizon=5, iterations=3)
 GRU = replace(SMALL, model="gru")
 KEYS = {
     "name", "device", "value", "unit", "ratio_to_limit", "case", "planner", "implementation", "steps_per_second",
-    "plan_cost", "zero_plan_cost", "peak_extra_bytes", "B", "K", "H", "D", "iterations", "threads", "precision", "rounds",
+    "plan_cost", "zero_plan_cost", "peak_extra_bytes", "B", "K", "H", "D", "iterations", "threads", "precision", "clock",
+    "rounds",
 }  # fmt: skip
 
 
@@ -232,7 +233,8 @@ def test_absent_and_broken_packages_are_left_out_with_a_note(monkeypatch: pytest
     result = bench_rollouts(["mlp-32-b1"], quick=True, threads=1, note=notes.append)
     assert "absent-peer is not installed" in notes[0] and "pip install absent-peer" in notes[0]
     assert "broken-peer is left out" in notes[1] and "needs more" in notes[1]
-    assert "good-peer, fails (mppi) failed: IndexError" in notes[2] and len(notes) == 3
+    assert "good-peer, fails (mppi) failed: IndexError" in notes[2]
+    assert "mlp-32-b1: " in notes[3] and len(notes) == 4
     (row,) = (r for r in result if "good-peer" in r["name"])
     assert row["plan_cost"] == pytest.approx(row["zero_plan_cost"])
 
