@@ -13,10 +13,12 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import inspect
 import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -151,6 +153,33 @@ def run_options() -> str:
     return table(("Python", "command line", "default", "meaning"), rows)
 
 
+def pldm_presets() -> str:
+    """What each preset of pldm sets."""
+    from clbench.agents.pldm import PRESETS
+
+    def text(value: Any) -> str:
+        if dataclasses.is_dataclass(value):
+            changed = [f for f in dataclasses.fields(value) if f.name == "name" or getattr(value, f.name) != f.default]
+            value = {f.name: getattr(value, f.name) for f in changed}
+        return ", ".join(f"`{k}={v}`" for k, v in value.items()) if isinstance(value, dict) else f"`{value}`"
+
+    rows = ((f"`{name}`", *(text(preset[name]) for preset in PRESETS.values())) for name in PRESETS["small"])
+    return table(("option", *(f"`{name}`" for name in PRESETS)), rows)
+
+
+def pldm_options() -> str:
+    """The options of pldm from the docstring that describes them."""
+    from clbench.agents.pldm import PLDM
+    from clbench.cli.main import _argument_help
+
+    helps = _argument_help(textwrap.indent(inspect.cleandoc(PLDM.Config.__doc__ or ""), "    "))
+    rows = []
+    for f in dataclasses.fields(PLDM.Config):
+        plain = f.default is not dataclasses.MISSING and f.default is not None
+        rows.append((f"`{f.name}`", f"`{f.default}`" if plain else "of the preset", helps[f.name]))
+    return table(("option", "default", "meaning"), rows)
+
+
 MISTAKES = ("WrongShape", "MissingKey", "NeedsTaskId", "RaisesInLearn")
 
 
@@ -264,6 +293,8 @@ CHEAP: dict[str, Callable[[], str]] = {
     "schedules": schedules,
     "datasets": lambda: registered("datasets"),
     "run-options": run_options,
+    "pldm-presets": pldm_presets,
+    "pldm-options": pldm_options,
     "usage": usage,
     "mistakes": mistakes,
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import clbench
 from clbench import experiments
@@ -45,6 +46,24 @@ def test_every_example_is_tested() -> None:
 def test_agents_conform(name: str) -> None:
     cls = resolve("agents", name)
     check_agent(cls, config={"hidden": 8}, budget=24).raise_if_failed()
+
+
+def test_an_objective_of_ones_own_conforms_and_plans() -> None:
+    small: dict[str, Any] = {
+        "window": 4, "batch_size": 4, "replan_every": 2,
+        "architecture": {"latent": 4, "encoder_hidden": (8,), "hidden": (8,), "channels": (4, 4, 4)},
+        "planner_options": {"horizon": 8, "samples": 16, "elites": 4, "iterations": 1},
+    }  # fmt: skip
+    cls = resolve("agents", "my_objective:LatePLDM")
+    check_agent(cls, config=small, budget=12).raise_if_failed()
+    result = clbench.run(
+        "two-rooms/size-634-v0", cls, budget=2, agent_options=small, stream_options={"episodes": 2}, **QUIET
+    )
+    agent: Any = result.agent
+    objective = agent.objective(torch.zeros(2, 4))
+    costs = [float(objective(torch.ones(2, 3, 4), step).sum()) for step in range(1, 9)]
+    assert costs == [0.0] * 4 + [6.0] * 4
+    assert float(objective.select(slice(1, 2))(torch.ones(1, 3, 4), 8).sum()) == 3.0
 
 
 def test_the_agent_learns() -> None:
