@@ -241,11 +241,11 @@ class PLDM(Agent):
         terms = {"prediction": (self_prediction_loss if no_gradient else prediction_loss)(goal_predicted, targets)}
         weights = {"prediction": 1.0}
         if config.anti_collapse == "vicreg":
-            terms |= {
-                "variance": variance_loss(goal), "covariance": covariance_loss(goal),
-                "variance_over_time": variance_over_time_loss(goal),
-            }  # fmt: skip
-            weights |= {k: getattr(config, k) for k in ("variance", "covariance", "variance_over_time")}
+            terms |= {"variance": variance_loss(goal), "covariance": covariance_loss(goal)}
+            weights |= {"variance": config.variance, "covariance": config.covariance}
+            if config.variance_over_time:
+                terms["variance_over_time"] = variance_over_time_loss(goal)
+                weights["variance_over_time"] = config.variance_over_time
         elif config.anti_collapse == "barlow-twins":
             terms["barlow_twins"] = barlow_twins_loss(goal_predicted, targets) / targets.shape[-1]
             weights["barlow_twins"] = config.variance

@@ -236,5 +236,19 @@ def check_memory(z: Tensor, horizon: int, samples: int, action_size: int, *, blo
         )
 
 
+def check_noise(knots: int) -> None:
+    """See whether the matrix (T, T) of coloured noise fits, while it is made in float64.
+
+    Raises:
+        ConfigError: says how much it would need, how much there is, and what to lower.
+    """
+    need, available = 2 * 8 * knots**2, available_bytes(torch.device("cpu"))
+    if need > _SMALL and available is not None and need > available:
+        raise ConfigError(
+            f"Coloured noise over {knots} distinct actions would need about {_size(need)}, but {_size(available)} are "
+            "free: lower horizon, raise action_repeat, or take color=0."
+        )
+
+
 def _size(number: int) -> str:
     return f"{number / 2**30:.3g} GiB" if number >= 2**30 else f"{number / 2**20:.3g} MiB"

@@ -20,7 +20,15 @@ from clbench.contracts import Objective, WorldModel
 from clbench.errors import ConfigError, ContractError, unknown_name
 from clbench.planners.bounds import TILE, ActionBounds
 from clbench.planners.graphs import GraphCache
-from clbench.planners.rollout import PRECISIONS, Precision, Rollout, check_horizon, check_memory, finite_costs
+from clbench.planners.rollout import (
+    PRECISIONS,
+    Precision,
+    Rollout,
+    check_horizon,
+    check_memory,
+    check_noise,
+    finite_costs,
+)
 
 Generator = torch.Generator | Sequence[torch.Generator]
 Prior = Callable[[Tensor, int], Tensor]
@@ -100,7 +108,7 @@ class SamplingPlanner(ABC):
             the world model join the candidates of every iteration, as in TD-MPC2 (Hansen et al. 2024).
 
     Raises:
-        ConfigError: not enough samples for elites and prior.
+        ConfigError: not enough samples for elites and prior, or a horizon that the memory cannot hold.
     """
 
     Config: ClassVar[type[SamplingConfig]] = SamplingConfig
@@ -119,6 +127,8 @@ class SamplingPlanner(ABC):
                 f"{smallest} samples leave nothing to draw beside {extra} kept or prior sequences; raise samples."
             )
         self._graphs = GraphCache()
+        if self.config.color:
+            check_noise(self.config.knots)
         self._synthesis = synthesis(self.config.knots, self.config.color) if self.config.color else None
 
     # -- what a planner adds -------------------------------------------------------------------------------------------

@@ -426,6 +426,12 @@ def test_the_largest_action_is_that_of_all_data_so_far() -> None:
     assert sizes[2][0] == sizes[1][0]
 
 
+def test_windows_of_one_action_have_no_variance_over_time() -> None:
+    with pytest.raises(ConfigError, match="variance over time needs windows of at least 3 frames, got 2"):
+        train(make(window=1), walks(), 1)
+    assert math.isfinite(train(make(window=1, variance_over_time=0), walks(), 1)[-1]["loss"])
+
+
 def test_metrics_come_as_often_as_asked() -> None:
     found = train(make(log_every=3, diagnose_every=4), walks(), 10)
     assert [m["step"] for m in found if "loss" in m] == [3, 6, 9, 10]
@@ -626,6 +632,13 @@ def test_too_large_for_the_memory() -> None:
     agent = make(planner_options={"horizon": 8, "samples": 10**12, "elites": 6})
     with pytest.raises(ConfigError, match="would need about .* GiB .* are free on cpu: lower samples or horizon"):
         act(agent, points(2))
+
+
+def test_a_horizon_too_long_for_the_memory() -> None:
+    options = {"horizon": 10**7, "samples": 32, "elites": 6}
+    with pytest.raises(ConfigError, match="10000000 distinct actions would need about .* GiB, but .*: lower horizon"):
+        make(planner_options=options)
+    make(planner_options={**options, "color": 0})
 
 
 # -- observations ------------------------------------------------------------------------------------------------------
