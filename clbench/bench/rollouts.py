@@ -119,12 +119,13 @@ class BenchModel:
         def normal(*shape: int, std: float) -> Tensor:
             return (torch.randn(*shape, generator=rng) * std).to(device)
 
-        # a gain below one: the latents forget where they began and stay finite; the actions count as much as the latent
+        # a gain below one: the latents forget slowly where they began, and stay finite
         self.latent, self.kind = latent, case.model
-        self.w_in = normal(outputs, size, std=0.5 / math.sqrt(latent))
+        self.w_in = normal(outputs, size, std=0.9 / math.sqrt(latent))
         self.w_in[:, latent:] = normal(outputs, ACTIONS, std=0.5 / math.sqrt(ACTIONS))
         self.b_in = normal(outputs, std=0.1)
         self.w_out = normal(latent, case.hidden, std=math.sqrt(2 / case.hidden))
+        self.w_out -= self.w_out.mean(1, keepdim=True)  # what all hidden units share does not build up
         self.b_out = normal(latent, std=0.1)
 
     def encode(self, obs: Any) -> Tensor:
@@ -155,7 +156,8 @@ def latent_inputs(case: Case) -> int:
 class Problem:
     """What all implementations plan for: latents ``z`` and ``goal`` (B, D), ``model``, actions in [-1, 1].
 
-    The goal is what a hidden sequence of actions reaches that changes four times within the horizon.
+    The goal is what a hidden sequence of actions reaches, from a state of rest: four parts of the horizon, each with an
+    action of its own that is at least half as strong as allowed.
     """
 
     def __init__(self, case: Case, device: str = "cpu", seed: int = 0):
@@ -169,7 +171,8 @@ class Problem:
             for _ in range(case.horizon):
                 z = self.model.predict(z, idle)  # where it rests
             self.z = z
-            pieces = (torch.rand(case.envs, 4, ACTIONS, generator=rng) * 2 - 1).to(device)
+            pieces = torch.rand(case.envs, 4, ACTIONS, generator=rng) - 0.5
+            pieces = (pieces + 0.5 * pieces.sign()).to(device)
             for step in range(case.horizon):
                 z = self.model.predict(z, pieces[:, 4 * step // case.horizon])
             self.goal = z
