@@ -361,6 +361,28 @@ def rooms_maze() -> tuple[Any, ...]:
     return "clbench/PointMaze-v0", {"max_episode_steps": 2}, None, TaskList.from_seeds(2), "success"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("env_id", "kwargs"), ENVS)
+def test_a_gpu_draws_too(tmp_path: Path, env_id: str, kwargs: dict) -> None:
+    class Pixels(Truth):
+        def _repeat(self, z: Tensor) -> Tensor:
+            return z.to(torch.float32).flatten(1)[:, ::1000] if z.dtype == torch.uint8 else z
+
+        def predict(self, z: Tensor, action: Tensor) -> Tensor:
+            return z
+
+    class Still(Planner):
+        def act(self, obs: Any, memory: Any, first: Tensor, **kwargs: Any) -> Any:
+            plan = torch.ones(len(first), 6, 2, device=first.device)
+            return plan[:, 0], {"plan": plan, "cursor": torch.ones_like(first, dtype=torch.int64)}
+
+    agent = Still(Pixels())
+    agent.device = torch.device("cuda")
+    task = Task("gpu", env_id, {**kwargs, "max_episode_steps": 3}, None, TaskList.from_seeds(2), "success")
+    assert save_planning(result_of(agent, tmp_path, task)) is not None
+
+
 def test_nothing_is_drawn_without_the_notion(tmp_path: Path) -> None:
     coins = toys.coins(rng=np.random.default_rng(0)).tasks[0]
 
