@@ -504,11 +504,12 @@ def _pictures(group: Group) -> str:
         parts.append(f'<h3>Episodes</h3><div class="pictures">{figures}</div>')
     if figures := _picture_figures(group, "planning.png", "Planning"):
         caption = _caption(
-            "Maps: mean squared latent distance of every free position (at rest) to the goal of episode 1 at its start, and "
-            "the length of the shortest path over the grid; dark is near; their Spearman correlation. Episodes: the executed "
-            "path (black), and plans made at the marked places (from dark, the first, to light). A latent of a plan is drawn "
-            "at the position of the grid whose encoded observation is nearest to it. Strip: the observation at that position "
-            "for steps of the first plan of episode 1, above what happened at those steps, with planning anew on the way."
+            "Maps: mean squared latent distance of every free position (at rest) to the goal of episode 1 at its "
+            "start, and the length of the shortest path over the grid; dark is near; their Spearman correlation. "
+            "Episodes: the executed path (black), and plans made at the marked places (from dark, the first, to "
+            "light). A latent of a plan is drawn at the position of the grid whose encoded observation is nearest "
+            "to it. Strip: the observation at that position for steps of the first plan of episode 1, above what "
+            "happened at those steps, with planning anew on the way."
         )
         parts.append(f'<h3>Planning</h3><div class="pictures wide">{figures}</div>{caption}')
     return "".join(parts)
