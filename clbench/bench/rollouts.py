@@ -399,7 +399,7 @@ def _bench_case(
         calls[contender] = max(1, round(SHORT / seconds))
         total += seconds * calls[contender]
     rounds = rounds or min(max(round(SECONDS / total), ROUNDS[0]), ROUNDS[1])
-    note(f"{name}: {len(contenders)} rows, {rounds} rounds of about {total:.1f} s")
+    note(f"{name}: {len(contenders)} rows, {rounds} rounds of at most about {math.ceil(total)} s")
     times, costs = _measure(contenders, calls, rounds, problem, CLOCKS[clock])
     below = times[contenders[0]]
     return [

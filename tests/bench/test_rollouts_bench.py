@@ -80,6 +80,22 @@ def test_sizes_can_be_changed_and_threads_are_restored() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_lower_precision_applies_to_all_and_to_the_limit() -> None:
+    found = bench_rollouts(["mlp-32-b1"], ["cem"], quick=True, precision="bfloat16", peers=False, threads=1)
+    assert [(r["implementation"], r["precision"]) for r in found] == [(n, "bfloat16") for n in (LIMIT, OURS, LOOP)]
+    assert all(r["plan_cost"] < r["zero_plan_cost"] for r in found[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_limits_of_all_precisions_are_rows() -> None:
+    found = bench_rollouts(["mlp-32-b1"], quick=True, device="cuda", precision="bfloat16", peers=False)
+    names = [LIMIT, f"{LIMIT}, float32", f"{LIMIT}, tf32"]
+    assert [r["implementation"] for r in found[:3]] == names and len(found) == 3 + len(PLANNERS) + 2
+    assert all(r["device"] == "cuda" and r["ratio_to_limit"] > 0 for r in found)
+    assert all(r["plan_cost"] < r["zero_plan_cost"] for r in found[3:])
+
+
 # -- the judge -------------------------------------------------------------------------------------------------------------
 
 
