@@ -288,6 +288,56 @@ def test_the_loss_is_linear_in_every_coefficient(name: str) -> None:
     assert terms[name] > 0
 
 
+def literal(agent: PLDM, some: tuple[Any, Tensor]) -> Tensor:
+    """The formulas of docs/pldm.md, spelled out, for latents of six features and what is left as context."""
+    observations, actions = some
+    model, config = agent.model, agent.config
+    z = model.encode_frames(observations)
+    predicted = model.rollout(z[:, 0], actions)
+    members = [predicted[:, :, e] for e in range(model.members)] if model.members > 1 else [predicted]
+    goal, last = z[..., :6], z[:, 1:, :6]
+    targets = last.detach() if config.anti_collapse == "self-prediction" else last
+    prediction = sum(((p[..., :6] - targets) ** 2).mean() for p in members)
+    context = sum(((p[..., 6:] - z[:, 1:, 6:]) ** 2).mean() for p in members)
+    standard = (actions - model.normalise_actions.mean) / model.normalise_actions.scale
+    pairs = torch.cat([z[:, :-1], z[:, 1:]], -1)
+    inverse = ((agent.inverse_head.layers(pairs) - standard) ** 2).mean()  # type: ignore[operator]
+    smoothness = ((goal[:, 1:] - goal[:, :-1]) ** 2).mean()
+    total = config.smoothness * smoothness + config.context * context
+    if config.anti_collapse == "forward-inverse":
+        return total + inverse + 0.1 * prediction
+    total = total + prediction + config.inverse * inverse
+    if config.anti_collapse == "barlow-twins":
+        for p in members:
+            a, b = (v.flatten(0, 1) - v.flatten(0, 1).mean(0) for v in (p[..., :6], last))
+            a, b = (v / (v.var(0, correction=0) + 1e-5).sqrt() for v in (a, b))
+            c = a.T @ b / len(a)
+            off = c[~torch.eye(6, dtype=torch.bool)]
+            total = total + config.variance * (((1 - c.diagonal()) ** 2).sum() + 5e-3 * (off**2).sum()) / 6
+    if config.anti_collapse == "vicreg":
+        off = torch.cov(goal[:, 0].T)[~torch.eye(6, dtype=torch.bool)]
+        total = total + config.variance * (1 - (goal[:, 0].var(0) + 1e-4).sqrt()).relu().mean()
+        total = total + config.covariance * (off**2).sum() / 30
+        total = total + config.variance_over_time * (1 - (last.var(1) + 1e-4).sqrt()).relu().mean()
+    return total
+
+
+@pytest.mark.parametrize("anti_collapse", ANTI_COLLAPSE)
+@pytest.mark.parametrize("members", [1, 3])
+def test_the_loss_and_its_gradients_are_those_of_the_formulas(anti_collapse: str, members: int) -> None:
+    data = Fixture(goal=True).dataset()
+    agent = make(MIXED, anti_collapse=anti_collapse, context=0.7, smoothness=2.0, inverse=0.6,
+                 architecture={**TINY["architecture"], "members": members})  # fmt: skip
+    train(agent, data, 3)
+    some = batch(data, agent)
+    loss, expected = agent.loss(some)[0], literal(agent, some)
+    assert torch.isclose(loss, expected, rtol=1e-4)
+    got, wanted = (torch.autograd.grad(v, agent.trainables, allow_unused=True) for v in (loss, expected))
+    for x, y in zip(got, wanted, strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or torch.allclose(x, y, rtol=1e-3, atol=1e-5)
+
+
 def gradients(agent: PLDM, data: OfflineDataset) -> list[Tensor | None]:
     for parameter in agent.trainables:
         parameter.grad = None
@@ -388,6 +438,18 @@ def test_resuming_without_any_part_of_the_state_is_noticed(tiny: Any, part: str)
     whole, second = resumed(tiny, spoil)
     assert not tiny.same(whole.state_dict(), second.state_dict())
     assert (whole.rates[7:] == second.rates) is (part != "phase")
+
+
+def test_states_share_no_memory_with_the_agent(tiny: Any) -> None:
+    agent, other = make(), make(seed=1)
+    train(agent, walks(), 3)
+    state = agent.state_dict()
+    frozen = copy.deepcopy(state)
+    other.load_state_dict(state)
+    assert tiny.same(other.state_dict(), frozen)
+    for each in (agent, other):
+        train(each, walks(), 3)
+        assert tiny.same(state, frozen)
 
 
 def test_a_new_phase_has_a_new_schedule_and_optimiser() -> None:
@@ -582,6 +644,20 @@ def test_uncertainty_is_the_discounted_variance_of_the_members(tiny: Any) -> Non
     assert torch.allclose(agent.objective(goal, obs)(z, 3), expected, rtol=1e-5)
     agent.config = dataclasses.replace(agent.config, uncertainty=0.0)
     assert torch.allclose(agent.objective(goal, obs)(z, 3), distance, rtol=1e-5)
+
+
+def test_distances_are_those_of_what_is_to_be_reached() -> None:
+    """Not of the context, which is another number at the goal than on the way."""
+    agent = make(MIXED)
+    goal = torch.randn(2, 9, generator=generator(1))
+    z = torch.randn(2, 5, 9, generator=generator(2))
+    moved = z.clone()
+    moved[..., 6:] += 10
+    cost = agent.objective(goal)(z, 1)
+    assert torch.allclose(cost, (z - goal[:, None])[..., :6].square().mean(2), rtol=1e-5)
+    assert torch.allclose(agent.objective(goal)(moved, 1), cost)
+    moved[..., :6] += 10
+    assert not torch.allclose(agent.objective(goal)(moved, 1), cost)
 
 
 def test_uncertain_ensembles_stay_where_they_agree() -> None:
