@@ -119,8 +119,11 @@ def wall_distance(position: Tensor, solid: Tensor) -> Tensor:
     position = position.nan_to_num(-1.0)  # in the ring
     vectors, walls = nearest_walls(position, solid)
     distance = torch.where(walls, _length(vectors), math.inf).amin(0)
-    x, y = position.floor().clamp(-1, SIDE).to(torch.int64)
-    return torch.where(_is_wall(solid, x, y), 0.0, distance)
+    (x, y), (left, above) = (cell.clamp(-1, SIDE).to(torch.int64) for cell in (position.floor(), position.ceil() - 1))
+    inside = _is_wall(solid, x, y)
+    for near_x, near_y in ((left, y), (x, above), (left, above)):  # a point on a face is of the cells on both sides
+        inside |= _is_wall(solid, near_x, near_y)
+    return torch.where(inside, 0.0, distance)
 
 
 # -- physics ----------------------------------------------------------------------------------------------------------

@@ -203,6 +203,14 @@ def test_nearest_walls_are_all_that_can_be_touched():
         assert torch.equal((walls & (vectors.norm(dim=1) < CONTACT)).sum(0), (every < CONTACT).sum(0))
 
 
+def test_a_point_on_a_face_touches_the_wall_on_either_side_of_it():
+    solid = solid_of("####/#OOO/OO#O/#O#O").expand(4)
+    faces = torch.tensor([[1.0, 1.5], [1.5, 1.0], [2.0, 2.5], [2.5, 2.0]], dtype=torch.float64).t()
+    assert wall_distance(faces, solid).tolist() == [0, 0, 0, 0]
+    inside = torch.tensor([[1.2, 1.5], [1.5, 1.2], [2.2, 2.5], [2.5, 2.2]], dtype=torch.float64).t()
+    assert wall_distance(inside, solid).tolist() == pytest.approx([0.2, 0.2, 0, 0])
+
+
 def test_wall_distance_is_zero_inside_walls_and_outside():
     solid = solid_of(PUBLISHED[0]).expand(5)
     points = torch.tensor([[0.5, 0.5], [-0.1, 2.5], [1e9, 2.5], [math.nan, 1.0], [1.5, 1.5]], dtype=torch.float64).t()
