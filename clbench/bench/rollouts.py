@@ -46,7 +46,7 @@ from clbench.planners.objectives import GoalDistance
 from clbench.planners.rollout import PRECISIONS, precision_of
 from clbench.planners.steppers import GRUStepper, MLPStepper
 from clbench.registry import resolve
-from clbench.rng import torch_generator
+from clbench.rng import sealed_global_rng, seed_global, torch_generator
 
 ACTIONS = 4
 STD = 0.5  # of the first iteration's noise, for all implementations that can be told
@@ -362,7 +362,7 @@ def bench_rollouts(
     rows, before = [], torch.get_num_threads()
     others = load_peers(note) if peers else {}
     # other packages draw from the process-wide generator, and print
-    with torch.random.fork_rng(_cuda_devices(device)), contextlib.redirect_stdout(io.StringIO()):
+    with sealed_global_rng(), contextlib.redirect_stdout(io.StringIO()):
         torch.set_num_threads(threads or before)
         try:
             for name in cases:
@@ -373,17 +373,13 @@ def bench_rollouts(
     return rows
 
 
-def _cuda_devices(device: str) -> list[int]:
-    return [torch.device(device).index or 0] if torch.device(device).type == "cuda" else []
-
-
 def _bench_case(
     name: str, case: Case, planners: Sequence[str], device: str, precision: str, rounds: int | None, clock: str,
     peers: Mapping[str, Make], note: Callable[[str], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
     _settle_allocator()
     problem = Problem(case, device)
-    torch.manual_seed(problem.seed)
+    seed_global(problem.seed)  # some peers draw from the process-wide generators
     contenders, peaks, calls, total = [], {}, {}, 0.0
     for contender in _contenders(problem, planners, precision, peers):
         begin = time.perf_counter()
