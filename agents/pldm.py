@@ -57,13 +57,13 @@ SAMPLE = 1024  # rows for normalisation and diagnostics
 _PAPER: dict[str, Any] = {
     "window": 15, "batch_size": 64, "lr": 1.75e-4, "weight_decay": 1e-6, "variance": 4.0, "covariance": 6.9,
     "variance_over_time": 0.25, "smoothness": 0.75, "inverse": 0.0, "context": 1.0, "planner": "mppi", "replan_every": 1,
-    "uncertainty": 1e-4,
+    "escape": 0.0, "uncertainty": 1e-4,
 }  # fmt: skip
 _MPPI = {"iterations": "1", "temperature": "0.005", "temperature_scale": "none", "control_cost": "1"}
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         **_PAPER, "architecture": Architecture("small"), "window": 16, "lr": 1e-3, "smoothness": 100.0,
-        "inverse": 1.0, "planner": "icem", "replan_every": 4,
+        "inverse": 1.0, "planner": "icem", "replan_every": 4, "escape": 0.2,
         "planner_options": {
             "horizon": "40", "samples": "256", "iterations": "2", "std": "1", "color": "3", "momentum": "0.1",
         },
@@ -125,6 +125,8 @@ class PLDM(Agent):
             planner: a registered planner.
             planner_options: fields of the planner's ``Config``.
             replan_every: environment steps between two plans.
+            escape: a plan that brought less than this share of the latent motion it promised is followed by a random action
+                (see :class:`clbench.planners.mpc.MPC`); 0, as in the paper, never.
             reduce: latent distances of all steps of a plan (``sum``), or of the last alone.
             uncertainty: weight of the ensemble's disagreement; counts for ensembles only.
             discount: of the disagreement, per step.
@@ -151,6 +153,7 @@ class PLDM(Agent):
         planner: str | None = None
         planner_options: dict[str, str | float] = field(default_factory=dict)
         replan_every: int | None = None
+        escape: float | None = None
         reduce: Literal["sum", "last"] = "sum"
         uncertainty: float | None = None
         discount: float = 0.9
@@ -338,7 +341,7 @@ class PLDM(Agent):
         # kept, since a planner keeps what it records on a GPU
         if self._controller is None or self._controller[0] != cap:
             planner = self.planner_class(ActionBounds.of(self.spaces.action, cap), self.planner_config)
-            self._controller = cap, MPC(planner, replan_every=self.config.replan_every)
+            self._controller = cap, MPC(planner, replan_every=self.config.replan_every, escape=self.config.escape)
         return self._controller[1]
 
     def objective(self, goal: Tensor, obs: Any = None) -> Objective:
