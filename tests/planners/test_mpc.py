@@ -178,3 +178,55 @@ def test_bad_control():
     _, memory = run(MPC(Script()), [[0, 1, 2]])
     with pytest.raises(ContractError, match="memory is of 3 environments, but 2 are to act"):
         run(MPC(Script()), [[]], envs=2, memory=memory)
+
+
+def control(mpc, blocked, steps, seed=0, begin=()):
+    """Actions (steps, B, 2) and memories of a world in which ``blocked[b]`` environments do not move at all."""
+    z, rng, memory = torch.zeros(len(blocked), 2), torch_generator(seed), None
+    stays = torch.tensor(blocked)[:, None]
+    objective, actions, memories = GoalDistance(torch.full((len(blocked), 2), 50.0)), [], []
+    for step in range(steps):
+        first = torch.full((len(blocked),), step == 0 or step in begin)
+        action, memory = mpc.act(MODEL, z, objective, memory, first, rng=rng)
+        z = torch.where(stays, z, MODEL.predict(z, action))
+        actions.append(action)
+        memories.append(memory)
+    return torch.stack(actions), memories
+
+
+def escaping(replan_every=2, escape=0.5, **options):
+    return MPC(ICEM(config=small(ICEM)), replan_every=replan_every, escape=escape, **options)
+
+
+def test_what_does_not_move_as_promised_takes_random_actions_longer_each_time():
+    actions, memories = control(escaping(), [False, True], 24)
+    times = torch.stack([m["escape"]["times"] for m in memories])
+    assert times[:, 0].tolist() == [0] * 24  # it moves as its plans promise, and follows them
+    assert all(torch.equal(a[0], m["plan"][0, m["cursor"][0] - 1]) for a, m in zip(actions, memories, strict=True))
+    # plan (2 steps), escape (2), plan (2), escape (4), plan (2), escape (6), plan (2), escape (8)...
+    assert times[:, 1].tolist() == [0] * 2 + [1] * 4 + [2] * 6 + [3] * 8 + [4] * 4
+    escapes = [slice(2, 4), slice(6, 10), slice(12, 18)]
+    held = [actions[s, 1].unique(dim=0) for s in escapes]
+    assert [len(h) for h in held] == [1, 1, 1]  # one action, held
+    assert len(torch.cat(held).unique(dim=0)) == 3  # another one each time
+    assert bool((actions.abs() <= 1).all()) and bool((torch.cat(held).abs().amax(1) > 0.99).all())
+
+
+def test_negative_control_without_escape_a_blocked_environment_never_tries_anything_else():
+    actions, memories = control(escaping(escape=0.0), [False, True], 24)
+    assert "escape" not in memories[0]
+    assert bool((actions > 0).all())  # both push towards the goal for ever
+    assert not bool((control(escaping(), [False, True], 24)[0][:, 1] > 0).all())
+
+
+def test_a_new_episode_forgets_that_the_last_one_was_stuck():
+    _, memories = control(escaping(), [True], 12, begin=(5,))
+    times = [int(m["escape"]["times"]) for m in memories]
+    assert times == [0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 2]
+
+
+def test_bad_escapes():
+    with pytest.raises(ConfigError, match="escape must be in \\[0, 1\\), got 1.0"):
+        escaping(escape=1.0)
+    with pytest.raises(ConfigError, match="give bounds"):
+        MPC(Script(), escape=0.5)
