@@ -65,7 +65,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_PAPER, "architecture": Architecture("small"), "window": 16, "lr": 1e-3, "smoothness": 100.0,
         "inverse": 1.0, "planner": "icem", "replan_every": 4, "escape": 0.2,
         "planner_options": {
-            "horizon": "40", "samples": "256", "iterations": "2", "std": "1", "color": "3", "momentum": "0.1",
+            "horizon": "40", "samples": "256", "iterations": "2", "std": "1", "color": "3", "elites": "32",
+            "returns": "best",
         },
     },
     "two-rooms": {

@@ -23,9 +23,10 @@ class ICEMConfig(CEMConfig):
         decay: factor by which the number of samples falls per iteration, not below twice the elites; 1 keeps it.
     """
 
-    elites: int = 32
-    color: float = 2.0
-    returns: Literal["mean", "best"] = "best"
+    std: float = 1.0
+    elites: int = 20
+    color: float = 3.0
+    returns: Literal["mean", "best"] = "mean"
     keep: float = 0.3
     decay: float = 1.0
 
