@@ -43,13 +43,14 @@ from clbench.agents.networks.mlp import count_parameters
 from clbench.config import build
 from clbench.contracts import Agent, Experience, Objective, Spaces
 from clbench.data.dataset import OfflineDataset, Rendered, map_obs
-from clbench.errors import ConfigError, ContractError
+from clbench.errors import ConfigError, ContractError, unknown_name
 from clbench.planners.bounds import ActionBounds
 from clbench.planners.mpc import MPC
 from clbench.planners.objectives import GoalDistance, Sum, Uncertainty
 from clbench.registry import resolve
 
 SIGN = "goal_sign"  # an environment may say by this key, per row, whether its goal is to be reached (1) or avoided (-1)
+ANTI_COLLAPSE = ("vicreg", "barlow-twins", "self-prediction", "forward-inverse")
 SAMPLE = 1024  # rows for normalisation and diagnostics
 
 # Presets fill in every option that is left at None. `small` is ours, tuned for two CPU cores; the others are the paper's
@@ -131,7 +132,8 @@ class PLDM(Agent):
             reduce: latent distances of all steps of a plan (``sum``), or of the last alone.
             uncertainty: weight of the ensemble's disagreement; counts for ensembles only.
             discount: of the disagreement, per step.
-            objective: ``reach`` the goal, or ``avoid`` it; an observation key ``goal_sign`` (1 or -1) decides per row.
+            objective: ``reach`` the goal, or ``avoid`` it; where observations have a key ``goal_sign`` (1 or -1), that
+                decides per row instead.
             cap_actions: keep plans within the largest norm of the actions in the data, where nothing is known beyond.
             log_every: updates between two reports of the losses.
             diagnose_every: updates between two measurements of collapse (effective rank, spread, linear probe).
@@ -173,10 +175,16 @@ class PLDM(Agent):
                 if getattr(self, name) is None:
                     setattr(self, name, value)
             networks, mine = preset["architecture"], self.architecture
-            if mine.name == "small" and networks.name != "small":
-                self.architecture = dataclasses.replace(
-                    mine, name=networks.name, members=mine.members or networks.members
-                )
+            if mine.name is None:
+                members = mine.members or networks.members
+                self.architecture = dataclasses.replace(mine, name=networks.name, members=members)
+            for name, values in (
+                ("anti_collapse", ANTI_COLLAPSE), ("reduce", ("sum", "last")), ("objective", ("reach", "avoid")),
+            ):  # fmt: skip
+                if getattr(self, name) not in values:
+                    raise unknown_name(f"value of {name}", str(getattr(self, name)), values, where="agent 'pldm'")
+            if not 0 <= self.discount <= 1:
+                raise ConfigError(f"discount must be in [0, 1], got {self.discount}.")
             for name in ("window", "batch_size", "lr", "replan_every", "log_every", "diagnose_every"):
                 if not getattr(self, name) > 0:
                     raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -253,7 +261,7 @@ class PLDM(Agent):
         elif config.anti_collapse == "barlow-twins":
             terms["barlow_twins"] = barlow_twins_loss(goal_predicted, targets) / targets.shape[-1]
             weights["barlow_twins"] = config.variance
-        if config.smoothness:
+        if config.smoothness and config.anti_collapse != "forward-inverse":
             terms["smoothness"], weights["smoothness"] = temporal_smoothness_loss(goal), config.smoothness
         if config.inverse or config.anti_collapse == "forward-inverse":
             terms["inverse"] = inverse_dynamics_loss(self.inverse_head, z, model.normalise_actions(actions))
@@ -341,7 +349,8 @@ class PLDM(Agent):
         cap = self.largest_action if self._capped and self.largest_action > 0 else None
         # kept, since a planner keeps what it records on a GPU
         if self._controller is None or self._controller[0] != cap:
-            planner = self.planner_class(ActionBounds.of(self.spaces.action, cap), self.planner_config)
+            bounds = ActionBounds.of(self.spaces.action, cap)
+            planner = self.planner_class(bounds, self.planner_config)
             self._controller = cap, MPC(planner, replan_every=self.config.replan_every, escape=self.config.escape)
         return self._controller[1]
 
@@ -349,7 +358,7 @@ class PLDM(Agent):
         """Distance to encoded goals (B, *latent), towards or away from them, and the disagreement of an ensemble."""
         sign: float | Tensor = -1.0 if self.config.objective == "avoid" else 1.0
         if isinstance(obs, Mapping) and SIGN in obs:
-            sign = sign * obs[SIGN].reshape(-1).to(torch.float32)
+            sign = obs[SIGN].reshape(-1).to(torch.float32)
         distance = GoalDistance(
             goal, reduce=self.config.reduce, horizon=self.planner_config.horizon, features=self.model.goal_features,
             sign=sign,

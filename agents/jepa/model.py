@@ -40,7 +40,8 @@ class Architecture:
 
     Args:
         name: ``two-rooms`` (images, GRU), ``diverse-maze`` (images and velocity, convolutions), ``state-ensemble``
-            (states, MLPs; for the ant), or ``small``, made for a CPU, for states or images.
+            (states, MLPs; for the ant), or ``small``, made for a CPU, for states or images. ``None`` leaves it to the
+            preset of the agent; without one it is ``small``.
         members: predictors in the ensemble; by default 5 for ``state-ensemble`` and 1 for the others.
         latent: numbers in the embedding.
         encoder_hidden: hidden layers of the encoder of states.
@@ -54,7 +55,7 @@ class Architecture:
         output_norm: encoder and predictor end with one shared LayerNorm.
     """
 
-    name: Literal["small", "two-rooms", "diverse-maze", "state-ensemble"] = "small"
+    name: Literal["small", "two-rooms", "diverse-maze", "state-ensemble"] | None = None
     members: int | None = None
     latent: int = 32
     encoder_hidden: tuple[int, ...] = (256, 256)
@@ -70,7 +71,7 @@ class Architecture:
     output_norm: bool = True
 
     def __post_init__(self) -> None:
-        if self.name not in ("small", "two-rooms", "diverse-maze", "state-ensemble"):
+        if self.kind not in ("small", "two-rooms", "diverse-maze", "state-ensemble"):
             raise ConfigError(
                 f"Unknown architecture {self.name!r}; use 'small', 'two-rooms', 'diverse-maze' or 'state-ensemble'."
             )
@@ -92,13 +93,18 @@ class Architecture:
                 f"channels, kernels and strides need one number per convolution, got {self.channels}, {self.kernels} and "
                 f"{self.strides}."
             )
-        if self.name != "small":
+        if self.kind != "small":
             own = [f.name for f in dataclasses.fields(self) if f.name not in ("name", "members")]
             changed = [n for n in own if getattr(self, n) != getattr(type(self), n)]
             if changed:
                 raise ConfigError(
                     f"The architecture {self.name!r} is fixed; {', '.join(changed)} can only be set for 'small'."
                 )
+
+    @property
+    def kind(self) -> str:
+        """The name, where it is given."""
+        return self.name or "small"
 
     @property
     def ensemble_size(self) -> int:
@@ -183,7 +189,7 @@ class LatentModel(nn.Module):
             self.predictor = self._new_predictor()
         initialise(self, rng)
         self.normalise_goal: Standardise = (
-            StandardiseImage(self.image[0], min_max=architecture.name == "two-rooms")
+            StandardiseImage(self.image[0], min_max=architecture.kind == "two-rooms")
             if self.image
             else Standardise((size,))
         )
@@ -197,19 +203,19 @@ class LatentModel(nn.Module):
 
     def _check_fit(self, size: int) -> None:
         a = self.architecture
-        if a.name in ("two-rooms", "diverse-maze") and self.image is None:
+        if a.kind in ("two-rooms", "diverse-maze") and self.image is None:
             raise ConfigError(
-                f"The architecture {a.name!r} needs uint8 images, but the goal part has shape {self._goal_shape}."
+                f"The architecture {a.kind!r} needs uint8 images, but the goal part has shape {self._goal_shape}."
             )
-        if a.name == "state-ensemble" and self.image is not None:
+        if a.kind == "state-ensemble" and self.image is not None:
             raise ConfigError("The architecture 'state-ensemble' needs states, but the goal part is an image.")
-        gru = a.name == "two-rooms" or (a.name == "small" and a.predictor == "gru")
+        gru = a.kind == "two-rooms" or (a.kind == "small" and a.predictor == "gru")
         if gru and self.context_dim:
             raise ConfigError(
                 f"A GRU predictor has no place for the context {list(self.keys.context)}; use 'small' with "
                 "predictor='mlp', or 'diverse-maze'."
             )
-        if a.name == "diverse-maze" and self.image and min(self.image[1:]) < 20:
+        if a.kind == "diverse-maze" and self.image and min(self.image[1:]) < 20:
             raise ConfigError(
                 f"The architecture 'diverse-maze' needs images of at least 20 x 20, got {self.image[1:]}."
             )
@@ -218,13 +224,13 @@ class LatentModel(nn.Module):
 
     def _new_encoder(self, size: int) -> Any:
         a = self.architecture
-        if a.name == "two-rooms":
+        if a.kind == "two-rooms":
             assert self.image
             return ImpalaEncoder(self.image)
-        if a.name == "diverse-maze":
+        if a.kind == "diverse-maze":
             assert self.image
             return MazeEncoder(self.image)
-        if a.name == "state-ensemble":
+        if a.kind == "state-ensemble":
             return StateEncoder(size, (32, 256))
         if self.image is None:
             sizes = (*a.encoder_hidden, a.latent)
@@ -238,11 +244,11 @@ class LatentModel(nn.Module):
 
     def _new_predictor(self) -> MLPPredictor | GRUPredictor | MazePredictor:
         a, first, actions = self.architecture, self.embedding_shape[0], self.action_dim
-        if a.name == "diverse-maze":
+        if a.kind == "diverse-maze":
             return MazePredictor(self.members, first + self.context_dim, actions)
-        if a.name == "two-rooms" or (a.name == "small" and a.predictor == "gru"):
+        if a.kind == "two-rooms" or (a.kind == "small" and a.predictor == "gru"):
             return GRUPredictor(self.members, first, actions, norm=self.encoder.norm)
-        ant = a.name == "state-ensemble"
+        ant = a.kind == "state-ensemble"
         return MLPPredictor(
             self.members, first, self.context_dim, actions, hidden=(256, 256) if ant else a.hidden,
             activation="mish" if ant else a.activation, hidden_norm=ant or a.hidden_norm,

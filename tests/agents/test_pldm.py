@@ -22,6 +22,7 @@ from torch import Tensor
 
 import clbench
 from clbench.agents import pldm
+from clbench.agents.jepa.model import Architecture
 from clbench.agents.pldm import PLDM, PRESETS, SIGN, schedule
 from clbench.cli.main import main
 from clbench.config import build
@@ -303,10 +304,9 @@ def literal(agent: PLDM, some: tuple[Any, Tensor]) -> Tensor:
     pairs = torch.cat([z[:, :-1], z[:, 1:]], -1)
     inverse = ((agent.inverse_head.layers(pairs) - standard) ** 2).mean()  # type: ignore[operator]
     smoothness = ((goal[:, 1:] - goal[:, :-1]) ** 2).mean()
-    total = config.smoothness * smoothness + config.context * context
-    if config.anti_collapse == "forward-inverse":
-        return total + inverse + 0.1 * prediction
-    total = total + prediction + config.inverse * inverse
+    if config.anti_collapse == "forward-inverse":  # prediction and inverse model alone, and what carries the context on
+        return config.context * context + inverse + 0.1 * prediction
+    total = config.smoothness * smoothness + config.context * context + prediction + config.inverse * inverse
     if config.anti_collapse == "barlow-twins":
         for p in members:
             a, b = (v.flatten(0, 1) - v.flatten(0, 1).mean(0) for v in (p[..., :6], last))
@@ -622,8 +622,8 @@ def test_rows_move_towards_or_away_from_their_goals(objective: str, told: bool) 
         actions, memory = act(agent, {**obs, "achieved_goal": here}, memory, first=first, seed=step)
         here = here + actions
     nearer = (here - 0.4).norm(dim=1) < (obs["achieved_goal"] - 0.4).norm(dim=1)
-    expected = sign if told else torch.ones(4)  # without the key every row has the objective of the options
-    assert nearer.tolist() == ((expected if objective == "reach" else -expected) > 0).tolist()
+    expected = sign if told else torch.full((4,), 1.0 if objective == "reach" else -1.0)  # the key replaces the option
+    assert nearer.tolist() == (expected > 0).tolist()
 
 
 def test_the_sign_is_no_part_of_what_is_encoded() -> None:
@@ -885,3 +885,24 @@ def test_other_mistakes() -> None:
     _, memory = act(agent, points(3))
     with pytest.raises(ContractError, match="memory is of 3 environments, but 2 are to act; pass None to begin anew"):
         act(agent, points(2), memory)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"anti_collapse": "vicregg"}, "value of anti_collapse 'vicregg'"),
+        ({"objective": "avoids"}, "value of objective 'avoids'"),
+        ({"reduce": "mean"}, "value of reduce 'mean'"),
+        ({"discount": 1.5}, "discount must be in \\[0, 1\\], got 1.5"),
+    ],
+)
+def test_options_are_checked_in_python_too(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PLDM.Config(**options)
+
+
+def test_an_architecture_that_is_named_is_not_the_presets() -> None:
+    named = PLDM.Config(preset="ant", architecture=Architecture("small", members=5))
+    assert (named.architecture.kind, named.architecture.members, named.smoothness) == ("small", 5, 8.1)
+    assert PLDM.Config(preset="ant", architecture=Architecture(members=2)).architecture.kind == "state-ensemble"
+    assert PLDM.Config().architecture.kind == "small"
