@@ -54,7 +54,7 @@ class MPPI(SamplingPlanner):
             costs = costs + config.control_cost * config.temperature * control_cost(
                 candidates, state["mean"].transpose(0, 1), state["std"].transpose(0, 1)
             )
-        scale = costs.std(1, keepdim=True).clamp(min=1e-12) if config.temperature_scale == "std" else 1.0
+        scale = costs.std(1, keepdim=True, correction=0).clamp(min=1e-12) if config.temperature_scale == "std" else 1.0
         weight = weights(costs / scale, config.temperature)
         mean = torch.einsum("bk,tbka->bta", weight, candidates)
         return {"mean": mean, "std": state["std"] * config.std_decay}

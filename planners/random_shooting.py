@@ -25,6 +25,11 @@ class RandomShootingConfig(SamplingConfig):
         super().__post_init__()
         if self.color:
             raise ConfigError(f"Random shooting draws without correlation in time; color must be 0, got {self.color}.")
+        if self.returns != "best":
+            raise ConfigError(
+                f"Random shooting does not move its mean, so it would ignore the world model; returns must be 'best', got "
+                f"{self.returns!r}."
+            )
 
 
 class RandomShooting(SamplingPlanner):

@@ -71,6 +71,13 @@ def test_control_cost_is_the_quadratic_form():
     torch.testing.assert_close(control_cost(candidates, mean, std), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_mppi_with_a_single_sample_takes_it():
+    planner = MPPI(None, small(MPPI, samples=1, temperature_scale="std"))
+    candidates = randn(4, 3, 1, 2)
+    new = planner.update({"mean": randn(3, 4, 2), "std": torch.ones(3, 4, 2)}, candidates, randn(3, 1))
+    torch.testing.assert_close(new["mean"], candidates[:, :, 0].transpose(0, 1))
+
+
 def test_cem_refit():
     candidates, costs = randn(4, 3, 9, 2), randn(3, 9)
     best = elites(candidates, costs, 3)
@@ -336,6 +343,7 @@ def test_icem_samples_decay_but_not_below_twice_the_elites():
         (ICEM, {"keep": 1.5}, r"keep must be in \[0, 1\]"),
         (ICEM, {"decay": 0.5}, "decay must be at least 1"),
         (RandomShooting, {"color": 1.0}, "color must be 0"),
+        (RandomShooting, {"returns": "mean"}, "returns must be 'best', got 'mean'"),
         (Gradient, {"restarts": 0}, "restarts must be at least 1"),
         (Gradient, {"lr": 0.0}, "lr must be positive"),
         (Gradient, {"std": -1.0}, "std must be at least 0"),
