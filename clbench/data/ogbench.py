@@ -7,9 +7,9 @@ the one before) and ``terminals`` 1. Arrays of other names are extra keys of the
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -51,12 +51,10 @@ def read_ogbench(
         if name not in arrays:
             raise DataError(f"{path} has no array {name!r}; OGBench files have {', '.join(REQUIRED)}.")
     header = _header(arrays, path)
-    rows = len(arrays["observations"])
     for name in (*REQUIRED, *keys):
         if name not in arrays:
             raise unknown_name("array", name, arrays, where=str(path))
-        if arrays[name].ndim == 0 or len(arrays[name]) != rows:
-            raise DataError(f"{path}: {name} has shape {arrays[name].shape}, but there are {rows} observations.")
+        _check_rows(arrays, name, path)
     ends = _ends(arrays["terminals"], path)
     lengths = np.diff(ends, prepend=-1) - 1
     if (lengths < 1).any():
@@ -131,6 +129,14 @@ def _header(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
     return header
 
 
+def _check_rows(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> None:
+    array, observations = arrays[name], arrays["observations"]
+    if observations.ndim == 0:
+        raise DataError(f"{path}: observations is a single number; it must have a row per time step.")
+    if array.ndim == 0 or len(array) != len(observations):
+        raise DataError(f"{path}: {name} has shape {array.shape}, but there are {len(observations)} observations.")
+
+
 def _ends(terminals: np.ndarray, path: Path) -> np.ndarray:
     """Rows at which episodes end."""
     if terminals.ndim != 1 or terminals.dtype.kind not in "biuf" or not np.isin(terminals, (0, 1)).all():
@@ -150,6 +156,7 @@ def _columns(
     """Observations (N + E, ...), as a tensor where there is one key only and it was not written as a dict."""
 
     def column(name: str) -> Tensor:
+        _check_rows(arrays, name, path)
         return to_tensor(arrays[name], f"{path}: {name}")
 
     observation = column("observations")
@@ -246,9 +253,18 @@ def _check_memory(dataset: OfflineDataset, observations: Mapping[str, tuple[Any,
     """Pictures are drawn into memory: say so before it runs out."""
     drawn = {id(c): c for c, _ in observations.values() if isinstance(c, Rendered)}
     needed = 3 * sum(len(c) * int(np.prod(c.shape[1:])) for c in drawn.values())  # drawn, joined, and the archive
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if needed > available:
+    available = _available() if needed else None
+    if available is not None and needed > available:
         raise DataError(
             f"The pictures of data set {dataset.name!r} need {needed / 1e9:.0f} GB, and {available / 1e9:.0f} GB are free; "
             "export positions (without --pixels) or a smaller set."
         )
+
+
+def _available() -> int | None:
+    """Bytes of memory that can still be had; ``None`` where it cannot be told."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None

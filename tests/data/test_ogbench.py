@@ -186,6 +186,13 @@ def test_the_validation_file_beside_it(tmp_path: Path) -> None:
         ({"actions": np.array(["a"] * 7)}, "actions is of type <U1"),
         ({"observations": np.full((7, 2), np.nan)}, "observation holds NaN or infinite values in 5 rows"),
         ({"actions": np.full((7, 2), np.inf)}, "actions holds NaN or infinite values"),
+        ({"observations": np.array(1.0)}, "observations is a single number"),
+        ({"achieved_goal": np.zeros((6, 2))}, r"achieved_goal has shape \(6, 2\), but there are 7 observations"),
+        ({"achieved_goal": np.array(1.0)}, r"achieved_goal has shape \(\), but there are 7 observations"),
+        (
+            {"clbench": np.frombuffer(b'{"observations": ["observation", "x"]}', np.uint8), "x": np.zeros(8)},
+            r"x has shape \(8,\), but there are 7 observations",
+        ),
         ({"clbench": np.zeros(3, np.uint8)}, "is no header of ours"),
         (
             {"clbench": np.frombuffer(b'{"observations": ["observation", "x"]}', np.uint8)},
@@ -201,6 +208,7 @@ def test_bad_arrays(tmp_path: Path, changes: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("option", "error", "message"),
     [
+        ("achieved_goal=short", DataError, r"short has shape \(6, 2\), but there are 7 observations"),
         ("keys=qpso", UnknownNameError, "Unknown array 'qpso' in .*Did you mean 'qpos'"),
         ("achieved_goal=position", ConfigError, "achieved_goal must be 'observation', 'none', .* got 'position'"),
         ("achieved_goal=0,9", ConfigError, "got '0,9'"),
@@ -211,7 +219,7 @@ def test_bad_arrays(tmp_path: Path, changes: dict[str, Any], message: str) -> No
 )
 def test_bad_options(tmp_path: Path, option: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        load_dataset(f"{save(tmp_path / 'x.npz')}?{option}")
+        load_dataset(f"{save(tmp_path / 'x.npz', short=np.zeros((6, 2)))}?{option}")
 
 
 @pytest.mark.parametrize("name", ["../evil.npy", "/abs/evil.npy", "a/../../evil.npy", "..\\evil.npy", "C:\\evil.npy"])
@@ -309,7 +317,17 @@ def test_rendered_columns_are_pixels_only_when_asked(tmp_path: Path, name: str) 
 
 def test_pictures_that_do_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_dataset("two-rooms/size-634-v0?observation=pixels")
-    monkeypatch.setattr("clbench.data.ogbench.os.sysconf", lambda _: 1000)  # a megabyte
+    monkeypatch.setattr("clbench.data.ogbench._available", lambda: 10**6)
     with pytest.raises(DataError, match=r"need .* GB, and .* GB are free; export positions"):
         write_ogbench(data, tmp_path / "x.npz", pixels=True)
     write_ogbench(data, tmp_path / "x.npz")
+
+
+def test_memory_is_asked_for_pictures_only_and_may_be_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("clbench.data.ogbench._available", lambda: asked.append(1))
+    data = load_dataset("two-rooms/size-634-v0?observation=pixels")
+    write_ogbench(data, tmp_path / "positions.npz")
+    assert asked == []
+    write_ogbench(data, tmp_path / "pixels.npz", pixels=True)
+    assert asked == [1]
