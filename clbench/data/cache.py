@@ -68,7 +68,7 @@ def cached(
     if transitions < WORTH_IT:
         return _plain(make())
     path = cache_path(name, options, code)
-    if path.exists():
+    if is_kept(path):
         try:
             return load_stored_dataset(path)
         except DataError as error:
@@ -78,6 +78,14 @@ def cached(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_dataset(data, path)
     return data
+
+
+def is_kept(path: Path) -> bool:
+    """Whether the cache has this file; not so in folders that cannot be searched."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _plain(data: OfflineDataset) -> OfflineDataset:

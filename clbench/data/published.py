@@ -8,16 +8,20 @@ the file it released has 40 batches, 3,686,400.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clbench.data.cache import cached
+from clbench.config import build, options_of
+from clbench.data.cache import cache_path, cached
 from clbench.data.dataset import OfflineDataset
 from clbench.data.recipes import RECIPES, Recipe
+from clbench.data.registry import parse_dataset_id
 from clbench.registry import load_object
 from clbench.rng import derive_seed, numpy_generator
 
@@ -50,6 +54,23 @@ def __getattr__(name: str) -> Callable[..., OfflineDataset]:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _key(recipe: Recipe, **options: Any) -> dict[str, Any]:
+    """All that the numbers of a recipe depend on besides code; its settings too, so that a change of them is seen."""
+    return {**recipe.settings, **options}
+
+
+def kept_at(identifier: str) -> Path | None:
+    """Where the cache has, or would have, the data set of an id; ``None`` for ids that are not of published data sets."""
+    name, given = parse_dataset_id(identifier)
+    recipe = RECIPES.get(name)
+    if recipe is None:
+        return None
+    options = dataclasses.asdict(build(options_of(__getattr__(recipe.attribute)), given, f"data set {name!r}"))
+    if recipe.family == "two-rooms":
+        del options["observation"]  # pictures are drawn from the same file
+    return cache_path(name, _key(recipe, **options), CODE[recipe.family])
+
+
 # -- Two-Rooms -----------------------------------------------------------------------------------------------------------
 
 
@@ -65,7 +86,7 @@ def _two_rooms(recipe: Recipe) -> Callable[..., OfflineDataset]:
         check = {"observation": observation, "collision": collision, "transitions": 1, "steps": 1}
         load_object(GENERATORS["two-rooms"])(**check)  # its messages for options that are wrong
         data = cached(
-            recipe.name, {"collision": collision, "seed": seed}, recipe.settings["transitions"],
+            recipe.name, _key(recipe, collision=collision, seed=seed), recipe.settings["transitions"],
             lambda: _make_two_rooms(recipe, collision, seed), CODE["two-rooms"],
         )  # fmt: skip
         return data if observation == "state" else _as_pixels(data)
@@ -170,7 +191,7 @@ def _point_maze(recipe: Recipe) -> Callable[..., OfflineDataset]:
         """
         settings = {**recipe.settings, "observation": observation, "seed": derive_seed(seed, recipe.name)}
         return cached(
-            recipe.name, {"observation": observation, "seed": seed}, recipe.settings["transitions"],
+            recipe.name, _key(recipe, observation=observation, seed=seed), recipe.settings["transitions"],
             lambda: load_object(GENERATORS["point-maze"])(**settings), CODE["point-maze"],
         )  # fmt: skip
 

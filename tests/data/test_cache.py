@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from clbench.data import cache
+from clbench.data import cache, published
 from clbench.data.cache import cache_path, cached, data_folder, safe_name
 from clbench.data.dataset import OfflineDataset
+from clbench.data.recipes import RECIPES
 from clbench.data.registry import load_dataset
 from clbench.data.storage import dataset_checksum, load_stored_dataset
 
@@ -47,8 +49,6 @@ def same(a: OfflineDataset, b: OfflineDataset) -> bool:
 @pytest.fixture
 def count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often data were made."""
-    from clbench.data import published
-
     made: list[int] = []
     original = published._make_two_rooms
 
@@ -128,6 +128,22 @@ def test_a_read_only_folder(folder: Path, generated: OfflineDataset) -> None:
     assert same(load_dataset(NAME), generated)
 
 
+def test_a_folder_that_cannot_be_searched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, generated: OfflineDataset
+) -> None:
+    real = Path.exists
+
+    def exists(path: Path, **options: Any) -> bool:
+        if folder in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    with pytest.raises(PermissionError):
+        (folder / "generated" / "x.npz").exists()
+    assert same(load_dataset(NAME), generated)
+
+
 def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, generated: OfflineDataset) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert same(load_dataset(NAME), generated)
@@ -154,6 +170,33 @@ def test_a_file_of_other_code_or_libraries_is_not_read(monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", lambda _: b"edited")
         assert cache_path("x", {}, code) != path
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"), [(NAME, "transitions", 1270), ("point-maze/5-layouts-v0", "layouts", 6)]
+)
+def test_changed_settings_have_another_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, setting: str, value: int
+) -> None:
+    recipe, seen = RECIPES[name], []
+
+    def record(name: str, options: Any, transitions: int, make: Any, code: Any) -> OfflineDataset:
+        seen.append(cache_path(name, options, code))
+        return OfflineDataset({"observation": torch.zeros(1, 2)}, torch.zeros(1, 1), torch.tensor([1]))
+
+    monkeypatch.setattr(published, "cached", record)
+    load_dataset(name)
+    load_dataset(name)
+    assert seen[0] == seen[1] == published.kept_at(name) and seen[0] != published.kept_at(f"{name}?seed=1")
+    monkeypatch.setitem(RECIPES, name, replace(recipe, settings={**recipe.settings, setting: value}))
+    load_dataset(name)
+    assert seen[2] == published.kept_at(name) != seen[0]
+
+
+def test_where_data_are_kept(folder: Path) -> None:
+    load_dataset(f"{NAME}?observation=pixels&seed=3")
+    assert files(folder) == [published.kept_at(f"{NAME}?seed=3")]
+    assert published.kept_at("two-rooms?transitions=2000") is None
 
 
 def test_the_code_of_both_families_is_found() -> None:
