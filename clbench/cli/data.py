@@ -119,7 +119,8 @@ def describe(dataset: OfflineDataset) -> dict[str, Any]:
 
 
 def _make(parsed: Any) -> None:
-    from clbench.data.cache import WORTH_IT, data_folder
+    from clbench.data.cache import WORTH_IT, is_kept
+    from clbench.data.published import kept_at
     from clbench.data.registry import load_dataset
     from clbench.data.storage import dataset_checksum, save_dataset
 
@@ -133,10 +134,16 @@ def _make(parsed: Any) -> None:
             raise ConfigError(f"Files of data sets end in .npz; got {parsed.out}.")
         save_dataset(made, parsed.out)
         print(f"Written: {parsed.out}")
-    elif len(made) >= WORTH_IT:
-        print(f"Kept below {data_folder()}.")
-    else:
+        return
+    kept = kept_at(parsed.id)
+    if kept is not None and is_kept(kept):
+        print(f"Kept: {kept}")
+    elif len(made) < WORTH_IT:
         print("Not kept: it is made in no time whenever it is named (--out FILE writes it).")
+    elif kept is not None:
+        print(f"Not kept: {kept} could not be written (--out FILE writes it elsewhere).")
+    else:
+        print("Not kept: only published data sets are (--out FILE writes it).")
 
 
 def _import(parsed: Any) -> None:
@@ -167,13 +174,25 @@ def _export(parsed: Any) -> None:
         from clbench.data.ogbench import write_ogbench
 
         print(f"Written: {write_ogbench(found, parsed.out, pixels=parsed.pixels)}")
+        _say_positions(found, parsed.pixels)
         return
     from clbench.data.minari import minari_id, write_minari
 
     name = parsed.name or minari_id(parsed.id)
     path = write_minari(found, parsed.out, name, pixels=parsed.pixels, spaces=_spaces_of(parsed.id))
     print(f"Written: {path}")
+    _say_positions(found, parsed.pixels)
     print(f"MINARI_DATASETS_PATH={parsed.out} python -c \"import minari; minari.load_dataset('{name}')\"")
+
+
+def _say_positions(dataset: OfflineDataset, pixels: bool) -> None:
+    from clbench.data.dataset import Rendered
+
+    columns = dataset.observations.values() if isinstance(dataset.observations, Mapping) else [dataset.observations]
+    if not pixels and any(isinstance(c, Rendered) for c in columns):
+        print(
+            "The positions that the pictures are drawn from were written instead of the pictures (--pixels draws them)."
+        )
 
 
 def _spaces_of(identifier: str) -> Spaces | None:

@@ -83,6 +83,27 @@ def test_make(capsys: Any, folder: Path) -> None:
     assert clbench(capsys, "make", NAME, "--out", "x.h5")[0] == 2
 
 
+def test_make_says_whether_it_was_kept(capsys: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clbench.data.cache.WORTH_IT", 100)
+    code, out, _ = clbench(capsys, "make", f"{NAME}?seed=1")
+    (file,) = (folder / "data" / "generated").iterdir()
+    assert code == 0 and f"Kept: {file}" in out
+    code, out, _ = clbench(capsys, "make", "two-rooms?transitions=180")
+    assert code == 0 and "Not kept: only published data sets" in out
+    monkeypatch.setenv("CLBENCH_DATA", str(file))  # below which there can be no folder
+    code, out, _ = clbench(capsys, "make", NAME)
+    assert code == 0 and "Not kept: " in out and "could not be written" in out
+
+
+@pytest.mark.parametrize("kind", ["minari", "ogbench"])
+def test_export_says_when_positions_replace_pictures(capsys: Any, folder: Path, kind: str) -> None:
+    for i, (name, pixels, said) in enumerate([(NAME, (), 0), (f"{NAME}?observation=pixels", (), 1),
+                                              (f"{NAME}?observation=pixels", ("--pixels",), 0)]):  # fmt: skip
+        where = f"{i}.npz" if kind == "ogbench" else str(i)
+        code, out, _ = clbench(capsys, "export", name, "--format", kind, "--out", where, *pixels)
+        assert code == 0 and out.count("instead of the pictures") == said
+
+
 def test_import_gives_a_name(capsys: Any, folder: Path) -> None:
     write_ogbench(load_dataset(NAME), folder / "walks.npz")
     code, out, _ = clbench(capsys, "import", "walks.npz")
