@@ -63,6 +63,10 @@ class Case:
     def latents(self, batch: int) -> Tensor:
         return torch.rand(batch, 2, generator=torch_generator(0, "testing", "latents")) * 0.4
 
+    def far_apart(self) -> Tensor:
+        """Latents (4, 2) around the target in four directions, so that each needs a plan of its own."""
+        return 0.5 + 2 * torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]]) + self.latents(4)
+
     def plan(
         self, z: Tensor, memory: Any = None, seed: int = 0, planner: Planner | None = None,
         world: LinearWorld | None = None,
@@ -78,13 +82,14 @@ class Case:
         return distance_to_corner(z[:, None] + actions.cumsum(1), 0).mean(1)
 
 
-def check_planner(planner: Planner | Callable[[], Planner], *, action_size: int = 2, tolerance: float = 0.1) -> Report:
+def check_planner(planner: Planner | Callable[[], Planner], *, action_size: int = 2, tolerance: float = 0.2) -> Report:
     """Run every planner check on a planner, or a class that can be made without arguments.
 
     Args:
         planner: the planner (used for all checks), or what makes a fresh one.
         action_size: must be 2, the size of the toy world's actions, for the planner that is made.
-        tolerance: allowed difference of the mean cost per step of a row planned alone and in a batch.
+        tolerance: allowed difference of the mean cost per step of a row planned alone and in a batch, as a share of what
+            it would cost more to follow the plans of the other rows.
     """
     make: Callable[[], Any] = planner if isinstance(planner, type) or not hasattr(planner, "plan") else lambda: planner  # type: ignore[assignment]
     report = Report(f"planner {getattr(planner, '__name__', type(planner).__name__)}")
@@ -140,14 +145,18 @@ def _inputs(case: Case) -> str | None:
 
 @PLANNER_CHECKS.add("a plan does not depend on the other rows of the batch", needs=PLANS)
 def _rows(case: Case) -> str | None:
-    z = case.latents(4)
+    z = case.far_apart()
     together = case.costs(z, case.plan(z)[0])
-    alone = torch.cat([case.costs(z[i : i + 1], case.plan(z[i : i + 1])[0]) for i in range(4)])
-    worst = float((together - alone).abs().max())
-    if worst > case.tolerance:
+    plans = torch.cat([case.plan(z[i : i + 1])[0] for i in range(4)])
+    costs = torch.stack([case.costs(z, plan.expand_as(plans)) for plan in plans], 1)  # of each row with each row's plan
+    alone = costs.diagonal()
+    allowed = case.tolerance * ((costs.sum(1) - alone) / 3 - alone).clamp(min=0) + 1e-5 * alone
+    differs = (together - alone).abs()
+    row = int((differs - allowed).argmax())
+    if bool(differs[row] > allowed[row]):
         raise Failed(
-            f"a row planned alone and in a batch of 4 differs in mean cost by {worst:.3g} (allowed: "
-            f"{case.tolerance}); rank and update samples within each row, never across rows."
+            f"row {row} planned alone and in a batch of 4 differs in mean cost by {float(differs[row]):.3g} (allowed: "
+            f"{float(allowed[row]):.3g}); rank and update samples within each row, never across rows."
         )
     return None
 

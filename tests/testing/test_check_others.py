@@ -15,6 +15,7 @@ from clbench import registry
 from clbench.contracts import Phase, Stream, Task, TaskList
 from clbench.data.dataset import OfflineDataset, Rendered
 from clbench.errors import ConfigError, ContractError, UnknownNameError
+from clbench.planners.cem import CEM
 from clbench.rng import get_global_state
 from clbench.streams.core import Suite
 from clbench.testing import check_dataset, check_planner, check_schedule, check_stream, run_check
@@ -397,6 +398,17 @@ class BestOfAll(Shooting):
         return cost.max(0).values.argmax().expand(len(cost)) if len(cost) > 1 else super().best(cost)
 
 
+class FirstRowsPlan(CEM):
+    def plan(self, model, z, objective, memory, *, rng):
+        actions, memory = super().plan(model, z, objective, memory, rng=rng)
+        return actions[:1].expand_as(actions), memory
+
+
+class AveragedCosts(CEM):
+    def update(self, state, candidates, costs):
+        return super().update(state, candidates, costs.mean(0, keepdim=True).expand_as(costs))
+
+
 class Unbounded(Shooting):
     bounds = types.SimpleNamespace(low=torch.tensor([-0.2, -0.2]), high=torch.tensor([0.2, 0.2]))
 
@@ -420,6 +432,8 @@ BROKEN_PLANNERS = [
     (RemembersPlan, "the same generator state gives the same plan", "keep state in memory"),
     (WritesLatent, "plan does not change its inputs", r"changed its argument 'z' in place; work on a copy"),
     (BestOfAll, "a plan does not depend on the other rows of the batch", "never across rows"),
+    (FirstRowsPlan, "a plan does not depend on the other rows of the batch", "never across rows"),
+    (AveragedCosts, "a plan does not depend on the other rows of the batch", "never across rows"),
     (Unbounded, "candidates and plans stay within the action bounds", "outside of its bounds.*project candidates"),
     (LongSteps, "candidates and plans stay within the action bounds", "outside of its bounds.*project candidates"),
     (Averaged, "a world model that gives NaN does not break the plan", "replace costs that are not finite"),
