@@ -12,7 +12,7 @@ from torch import Tensor
 from clbench.contracts import Objective, WorldModel
 from clbench.errors import ConfigError, ContractError
 from clbench.planners.bounds import ActionBounds
-from clbench.planners.rollout import check_horizon, check_memory, finite_costs
+from clbench.planners.rollout import check_horizon, check_memory, finite_costs, lowest_costs, share_gained
 from clbench.planners.sampling import Generator, State, begin_memory, shifted, warn_replaced
 
 
@@ -95,8 +95,8 @@ class Gradient:
             costs, gradient = self._costs(model, z, objective, actions)
             costs, bad = finite_costs(costs)
             replaced = replaced + bad
-            lowest, index = costs.min(1)
-            gain = (cost - lowest) / lowest.abs().clamp(min=1e-12)
+            lowest, index = lowest_costs(costs, bad)
+            gain = share_gained(cost, lowest)
             index = index[None, :, None, None].expand(knots, -1, 1, actions.shape[-1])
             cheapest = actions.gather(2, index)[:, :, 0].transpose(0, 1)
             best = torch.where((active & (lowest < cost))[:, None, None], cheapest, best)

@@ -149,6 +149,18 @@ def finite_costs(costs: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(finite, costs, worst), (~finite).sum(1)
 
 
+def lowest_costs(costs: Tensor, replaced: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest of the costs (B, K) of each row and where it is, (B,) each; infinity where all ``K`` were ``replaced``,
+    so that any cost that was measured beats it."""
+    lowest, index = costs.min(1)
+    return lowest.masked_fill(replaced == costs.shape[1], torch.inf), index
+
+
+def share_gained(before: Tensor, after: Tensor) -> Tensor:
+    """By what share (B,) of its lowest cost a row has improved; infinity where it has none yet."""
+    return ((before - after) / after.abs().clamp(min=1e-12)).masked_fill(after == torch.inf, torch.inf)
+
+
 def check_horizon(objective: Objective, horizon: int) -> None:
     """Raises:
     ConfigError: the objective waits for a step that never comes, so that every plan would cost the same."""

@@ -28,6 +28,8 @@ from clbench.planners.rollout import (
     check_memory,
     check_noise,
     finite_costs,
+    lowest_costs,
+    share_gained,
 )
 
 Generator = torch.Generator | Sequence[torch.Generator]
@@ -205,14 +207,14 @@ class SamplingPlanner(ABC):
         candidates = self._candidates(state, noise, fixed)
         costs, replaced = finite_costs(rollout(candidates))
         new = self.update(state, candidates, costs)
-        cost, index = costs.min(1)
+        cost, index = lowest_costs(costs, replaced)
         improved = cost < state["cost"]
         best = _take(candidates, index[:, None])[:, :, 0].transpose(0, 1)
         new["best"] = torch.where(improved[:, None, None], best, state["best"])
         new["cost"] = torch.minimum(cost, state["cost"])
         new["replaced"] = state["replaced"] + replaced
         if self.config.tolerance:
-            gain = (state["cost"] - new["cost"]) / new["cost"].abs().clamp(min=1e-12)
+            gain = share_gained(state["cost"], new["cost"])
             width = (new["std"] / self.bounds.radius).amax((1, 2))
             new["active"] = state["active"] & (gain >= self.config.tolerance) & (width >= self.config.tolerance)
             new = {k: torch.where(_like(state["active"], v), v, state[k]) for k, v in new.items()}

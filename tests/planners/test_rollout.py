@@ -10,8 +10,10 @@ from clbench.errors import ConfigError
 from clbench.planners import rollout as kernel
 from clbench.planners.cem import CEM
 from clbench.planners.gradient import Gradient
+from clbench.planners.icem import ICEM
 from clbench.planners.mppi import MPPI
 from clbench.planners.objectives import GoalDistance, Sum, Uncertainty
+from clbench.planners.random_shooting import RandomShooting
 from clbench.planners.rollout import Rollout, finite_costs, rollout, trajectories
 from clbench.rng import torch_generator
 
@@ -136,6 +138,24 @@ def test_a_model_that_breaks_down_does_not_spoil_the_plan_and_is_reported(cls):
     assert memory["replaced"][0] > 0 and memory["replaced"][1] == 0
     good, _ = planner.plan(Point(), z, objective, None, rng=torch_generator(0))
     torch.testing.assert_close(actions[1], good[1])
+
+
+@pytest.mark.parametrize("cls", [MPPI, CEM, ICEM, RandomShooting, Gradient])
+def test_an_iteration_without_a_finite_cost_does_not_count_as_the_best(cls):
+    """The model breaks down in the first iteration only; costs are far above 0."""
+
+    class BreaksOnce(Point):
+        def predict(self, z, action):
+            return super().predict(z, action) * (torch.nan if len(self.seen) < 4 else 1.0)
+
+    options = {"iterations": 4, "tolerance": 1e-9} | ({} if cls is Gradient else {"returns": "best"})
+    goal = torch.full((2, 2), 9.0)
+    with pytest.warns(UserWarning, match="not finite"):
+        plan, memory = cls(None, small(cls, **options)).plan(
+            BreaksOnce(), torch.zeros(2, 2), GoalDistance(goal), None, rng=torch_generator(0)
+        )
+    assert bool((memory["replaced"] > 0).all())
+    assert bool((plan.sum((1, 2)) > 1).all())  # towards the goal, which is not where the search began
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------------
