@@ -12,7 +12,14 @@ from torch import Tensor
 from clbench.contracts import Objective, WorldModel
 from clbench.errors import ConfigError, ContractError
 from clbench.planners.bounds import ActionBounds
-from clbench.planners.rollout import check_horizon, check_memory, finite_costs, lowest_costs, share_gained
+from clbench.planners.rollout import (
+    check_horizon,
+    check_memory,
+    finite_costs,
+    hidden_numbers,
+    lowest_costs,
+    share_gained,
+)
 from clbench.planners.sampling import Generator, State, begin_memory, shifted, warn_replaced
 
 
@@ -84,7 +91,7 @@ class Gradient:
         knots, rows = config.horizon // config.action_repeat, config.restarts
         check_horizon(objective, config.horizon)
         # what backward needs is kept for every step: as if the environments were so many more
-        check_memory(z, knots, rows * config.horizon, self.bounds.size, block=len(z))
+        check_memory(z, knots, rows * config.horizon, self.bounds.size, block=len(z), hidden=hidden_numbers(model))
         memory = begin_memory(self.start(len(z), z.device), memory if config.warm_start else None, "Gradient")
         actions = self.bounds.project(memory["mean"].transpose(0, 1)[:, :, None] + self._noise(knots, rng, z.device))
         first, second = torch.zeros_like(actions), torch.zeros_like(actions)

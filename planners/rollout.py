@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clbench.contracts import Objective, Stepper, WorldModel
 from clbench.errors import ConfigError
@@ -56,9 +56,7 @@ class Rollout:
         distinct, envs, samples, _ = actions.shape
         check_horizon(self.objective, distinct * self.repeat)
         costs = torch.zeros(envs, samples, dtype=torch.float32, device=actions.device)
-        block = max(1, min(self.block or block_size(self.z, samples), envs))
-        if block < envs and getattr(self.objective, "select", None) is None:
-            block = envs
+        block = envs_together(self.z, samples, self.objective, self.block)
         with precision_of(self.precision, actions.device):
             for start in range(0, envs, block):
                 self._roll(actions, costs, start, min(start + block, envs))
@@ -183,6 +181,14 @@ def block_size(z: Tensor, samples: int) -> int:
     return max(1, min(_CPU_NUMBERS // latent, _CPU_ROWS) // samples)
 
 
+def envs_together(z: Tensor, samples: int, objective: Objective, block: int | None = None) -> int:
+    """How many of the environments of ``z`` (B, *latent) a rollout takes at once: ``block`` or :func:`block_size`, but all
+    of them where the objective cannot ``select``."""
+    if getattr(objective, "select", None) is None:
+        return len(z)
+    return max(1, min(block or block_size(z, samples), len(z)))
+
+
 @contextlib.contextmanager
 def precision_of(precision: str, device: torch.device) -> Iterator[None]:
     """TF32 for float32 matrix multiplications on a GPU, bfloat16 autocast for models without a stepper, or neither."""
@@ -217,7 +223,26 @@ def available_bytes(device: torch.device) -> int | None:
     return None
 
 
-def check_memory(z: Tensor, horizon: int, samples: int, action_size: int, *, block: int | None = None) -> None:
+def hidden_numbers(model: Any) -> int:
+    """Numbers that a step needs per latent besides the latent itself: what the model's ``hidden_numbers`` says, else twice
+    the widest layer of a ``torch.nn.Module``, else 0.
+
+    Matrices are taken as (out, in), stacks of them as (E, in, out) or (E, out, in). Convolutions do not say how large their
+    planes are, and are not counted.
+    """
+    told = getattr(model, "hidden_numbers", None)
+    if isinstance(told, int):
+        return told
+    if not isinstance(model, nn.Module):
+        return 0
+    shapes = [p.shape for p in model.parameters()]
+    widths = [s[0] for s in shapes if len(s) == 2] + [s[0] * max(s[1:]) for s in shapes if len(s) == 3]
+    return 2 * max(widths, default=0)
+
+
+def check_memory(
+    z: Tensor, horizon: int, samples: int, action_size: int, *, block: int | None = None, hidden: int = 0
+) -> None:
     """See whether a plan fits before anything is allocated.
 
     Args:
@@ -226,6 +251,7 @@ def check_memory(z: Tensor, horizon: int, samples: int, action_size: int, *, blo
         samples: sequences per environment.
         action_size: ``A``.
         block: environments that go through the time loop together, ``None`` for the default.
+        hidden: see :func:`hidden_numbers`.
 
     Raises:
         ConfigError: says how much it would need, how much there is, and what to lower.
@@ -233,7 +259,7 @@ def check_memory(z: Tensor, horizon: int, samples: int, action_size: int, *, blo
     envs, latent = len(z), max(1, z.shape[1:].numel())
     sequences = 2 * 4 * envs * samples * horizon * action_size  # noise and candidates
     rows = min(envs, block or block_size(z, samples)) * samples
-    latents = 4 * 4 * rows * (latent + action_size)  # the buffers of a block: latents, hidden layers, differences
+    latents = 4 * rows * (4 * (latent + action_size) + hidden)  # the buffers of a block: latents, differences, layers
     need = sequences + latents
     if need < _SMALL:
         return

@@ -27,7 +27,9 @@ from clbench.planners.rollout import (
     check_horizon,
     check_memory,
     check_noise,
+    envs_together,
     finite_costs,
+    hidden_numbers,
     lowest_costs,
     share_gained,
 )
@@ -175,7 +177,8 @@ class SamplingPlanner(ABC):
         config = self.config
         self.bounds = self.bounds.to(z.device)
         check_horizon(objective, config.horizon)
-        check_memory(z, config.knots, config.samples, self.bounds.size, block=config.block)
+        block = envs_together(z, config.samples, objective, config.block)
+        check_memory(z, config.knots, config.samples, self.bounds.size, block=block, hidden=hidden_numbers(model))
         state = self._begin(z, memory)
         rollout = Rollout(
             model, z, objective, repeat=config.action_repeat, block=config.block, precision=config.precision

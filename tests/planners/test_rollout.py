@@ -183,6 +183,68 @@ def test_the_memory_check_counts_what_is_free(monkeypatch):
     kernel.check_memory(z, 96, 2000, 2)
 
 
+def refused(monkeypatch, free, model, objective, envs=32, planner=None):
+    """Whether a plan of 32 environments is refused where so many bytes are free."""
+    monkeypatch.setattr(kernel, "_SMALL", 0)
+    monkeypatch.setattr(kernel, "available_bytes", lambda device: free)
+    try:
+        (planner or CEM(None, small(CEM, horizon=1, samples=512, iterations=1))).plan(
+            model, torch.zeros(envs, 64), objective, None, rng=torch_generator(0)
+        )
+    except ConfigError as error:
+        assert "lower samples or horizon" in str(error)
+        return True
+    return False
+
+
+def test_the_memory_check_knows_that_all_environments_go_in_one_block_without_select(monkeypatch):
+    class Still(Point):
+        def predict(self, z, action):
+            return z
+
+    goal = GoalDistance(torch.zeros(32, 64))
+    between = 8 * 2**20  # a block of 8 environments needs 4.3 MiB, all of them need 17 MiB
+    assert not refused(monkeypatch, between, Still(), goal)
+    assert refused(monkeypatch, between, Still(), lambda z, step: goal(z, step))
+    assert not refused(monkeypatch, 4 * between, Still(), lambda z, step: goal(z, step))
+
+
+@pytest.mark.parametrize("cls", [CEM, Gradient])
+def test_the_memory_check_counts_hidden_layers(cls, monkeypatch):
+    class Wide(torch.nn.Module):
+        def __init__(self, hidden):
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(66, hidden), torch.nn.Linear(hidden, 64)
+
+        def encode(self, obs):
+            return obs
+
+        def predict(self, z, action):
+            return self.last(torch.relu(self.first(torch.cat([z, action], -1))))
+
+    class Told(Point):
+        hidden_numbers = 4096
+
+        def predict(self, z, action):
+            return torch.cat([z[..., :2] + action, z[..., 2:]], -1)
+
+    options = {"horizon": 1, "iterations": 1} | ({"samples": 128} if cls is CEM else {"restarts": 128})
+    planner, free, goal = cls(None, small(cls, **options)), 2**20, GoalDistance(torch.zeros(1, 64))
+    assert not refused(monkeypatch, free, Wide(8), goal, 1, planner)
+    assert refused(monkeypatch, free, Wide(4096), goal, 1, planner)
+    assert refused(monkeypatch, free, Told(), goal, 1, planner)
+    Told.hidden_numbers = 8
+    assert not refused(monkeypatch, free, Told(), goal, 1, planner)
+
+
+def test_hidden_numbers_are_those_of_the_widest_layer():
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 500, 3), torch.nn.Linear(9, 40), torch.nn.Linear(40, 7))
+    assert kernel.hidden_numbers(layers) == 2 * 40
+    layers.stacked = torch.nn.Parameter(torch.zeros(3, 9, 30))  # an ensemble of three
+    assert kernel.hidden_numbers(layers) == 2 * 90
+    assert kernel.hidden_numbers(Point()) == 0
+
+
 def test_available_bytes_is_a_sensible_number():
     free = kernel.available_bytes(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
