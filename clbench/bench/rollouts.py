@@ -10,7 +10,8 @@ box, and the running cost ``sum_t mean_d (z_t - goal)_d^2``. Each row is one imp
 
 ``value`` is seconds per plan (``unit`` is ``"s/plan"``), the median over rounds; all ``B`` environments are planned for.
 The limit is the time of the model's matrix multiplications alone: all ``B * K`` rows at once, ``H`` steps, all
-iterations, into memory that is allocated before; no bias, activation, cost or sampling. Everything is measured in one
+iterations, into memory that is allocated before; no bias, activation, cost or sampling; on a GPU launched one by one or
+replayed as a CUDA graph, whichever is faster. Everything is measured in one
 process, in rounds whose order is shuffled, and ``ratio_to_limit`` is the median over rounds of the time divided by that of
 the limit in the same round. A slow minute of a shared machine then falls on all of them.
 
@@ -42,6 +43,7 @@ from clbench.bench.peers import load_peers
 from clbench.contracts import Stepper
 from clbench.errors import ConfigError, unknown_name
 from clbench.planners.bounds import ActionBounds
+from clbench.planners.graphs import capturable, capture
 from clbench.planners.objectives import GoalDistance
 from clbench.planners.rollout import PRECISIONS, precision_of
 from clbench.planners.steppers import GRUStepper, MLPStepper
@@ -49,7 +51,7 @@ from clbench.registry import resolve
 from clbench.rng import sealed_global_rng, seed_global, torch_generator
 
 ACTIONS = 4
-STD = 0.5  # of the first iteration's noise, for all implementations that can be told
+STD = 0.5  # of the first iteration's noise of CEM and MPPI, for all implementations that can be told; iCEM has its own
 PLANNERS = ("cem", "icem", "mppi", "random-shooting")  # gradient can be asked for
 ROUNDS = (3, 15)
 SECONDS = 30.0  # for the rounds of a case, where that makes more than the fewest rounds
@@ -100,8 +102,8 @@ CASES: dict[str, Case] = {
     "mlp-32-b32": Case("mlp", 32, 256, 32),
     "gru-512-b1": Case("gru", 512, 512, 1),
     "gru-512-b32": Case("gru", 512, 512, 32),
-    # the planning of PLDM on Two-Rooms (arXiv 2502.14819), for 20 environments at once
-    "pldm": Case("gru", 512, 512, 20, samples=2000, horizon=96),
+    # the planning of PLDM on Two-Rooms (arXiv 2502.14819), for 20 environments at once: one update of MPPI per plan
+    "pldm": Case("gru", 512, 512, 20, samples=2000, horizon=96, iterations=1),
 }
 DEFAULT_CASES = ("mlp-32-b1", "mlp-32-b32", "mlp-512-b1", "mlp-512-b32")
 
@@ -212,20 +214,26 @@ class Contender:
 
 
 def ours(problem: Problem, planner: str, precision: str) -> Plan:
-    """A planner of clbench with its default options and the case's sizes."""
+    """A planner of clbench with its default options and the case's sizes; CEM and MPPI with :data:`STD`."""
     case, cls = problem.case, resolve("planners", planner)
     options: dict[str, Any] = {"horizon": case.horizon, "iterations": case.iterations}
     if planner == "gradient":
         options["restarts"] = case.samples
     else:
         options |= {"samples": case.samples, "precision": precision}
+    if planner in ("cem", "mppi"):
+        options["std"] = STD
     if planner == "cem":
         options["elites"] = case.elites
     elif planner == "icem":
         options["elites"] = min(cls.Config.elites, case.elites)
     made = cls(problem.bounds, cls.Config(**options))
     rng = problem.generator(OURS, planner)
-    return lambda: made.plan(problem.model, problem.z, GoalDistance(problem.goal), None, rng=rng)[0]
+
+    def plan() -> Tensor:
+        return made.plan(problem.model, problem.z, GoalDistance(problem.goal), None, rng=rng)[0]
+
+    return _in_precision(plan, precision, problem.device) if planner == "gradient" else plan  # it has no such option
 
 
 def loop(problem: Problem, planner: Literal["cem", "mppi"]) -> Plan:
@@ -262,7 +270,7 @@ def loop(problem: Problem, planner: Literal["cem", "mppi"]) -> Plan:
 
 
 def limit(case: Case, device: str, precision: str) -> Callable[[], None]:
-    """The model's matrix multiplications of one plan."""
+    """The model's matrix multiplications of one plan; on a GPU one by one or as a CUDA graph, whichever is faster."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     rows, inputs = case.envs * case.samples, latent_inputs(case)
     widths = [inputs, 3 * case.latent] if case.model == "gru" else [inputs, case.hidden, case.latent]
@@ -276,11 +284,31 @@ def limit(case: Case, device: str, precision: str) -> Callable[[], None]:
                 for source, layer, target in zip(buffers, layers, buffers[1:], strict=False):
                     torch.mm(source, layer, out=target)
 
-    return multiply
+    if not capturable(torch.device(device)):
+        return multiply
+    try:
+        return _fastest([multiply, capture(multiply, torch.device(device))], device)
+    except RuntimeError:  # not everything can be recorded everywhere
+        return multiply
+
+
+def _fastest(
+    runs: Sequence[Callable[[], None]], device: str, clock: Callable[[], float] = time.perf_counter
+) -> Callable[[], None]:
+    """The one with the shortest of a few times, after one to warm up."""
+
+    def seconds(run: Callable[[], None]) -> float:
+        _wait(device)
+        begin = clock()
+        run()
+        _wait(device)
+        return clock() - begin
+
+    return min(runs, key=lambda run: min([seconds(run) for _ in range(4)][1:]))
 
 
 def _contenders(
-    problem: Problem, planners: Sequence[str], precision: str, peers: Mapping[str, Make]
+    problem: Problem, planners: Sequence[str], precision: str, peers: Mapping[str, Make], note: Callable[[str], None]
 ) -> Iterator[Contender]:
     device = problem.device
     yield Contender("", LIMIT, limit(problem.case, device, precision))
@@ -292,7 +320,12 @@ def _contenders(
         if planner == "cem" or planner == "mppi":
             yield Contender(planner, LOOP, _in_precision(loop(problem, planner), precision, device))
     for peer, make in peers.items():
-        for (planner, setting), plan in make(problem).items():
+        try:
+            plans = make(problem)
+        except Exception as error:  # noqa: BLE001 - other versions of a package may raise anything
+            note(f"{peer} is left out, because it cannot be set up: {type(error).__name__}: {error}")
+            continue
+        for (planner, setting), plan in plans.items():
             if planner in planners:
                 name = f"{peer}, {setting}" if setting else peer
                 yield Contender(planner, name, _in_precision(plan, precision, device), peer=True)
@@ -381,7 +414,7 @@ def _bench_case(
     problem = Problem(case, device)
     seed_global(problem.seed)  # some peers draw from the process-wide generators
     contenders, peaks, calls, total = [], {}, {}, 0.0
-    for contender in _contenders(problem, planners, precision, peers):
+    for contender in _contenders(problem, planners, precision, peers, note):
         begin = time.perf_counter()
         try:
             peaks[contender] = peak_bytes(contender.plan, device)

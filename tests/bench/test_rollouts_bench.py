@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,9 +82,44 @@ def test_sizes_can_be_changed_and_threads_are_restored() -> None:
 
 
 def test_lower_precision_applies_to_all_and_to_the_limit() -> None:
-    found = bench_rollouts(["mlp-32-b1"], ["cem"], quick=True, precision="bfloat16", peers=False, threads=1)
-    assert [(r["implementation"], r["precision"]) for r in found] == [(n, "bfloat16") for n in (LIMIT, OURS, LOOP)]
+    options: dict[str, Any] = {"quick": True, "peers": False, "threads": 1}
+    found = bench_rollouts(["mlp-32-b1"], ["cem", "gradient"], precision="bfloat16", **options)
+    names = (LIMIT, OURS, LOOP, OURS)
+    assert [(r["implementation"], r["precision"]) for r in found] == [(n, "bfloat16") for n in names]
     assert all(r["plan_cost"] < r["zero_plan_cost"] for r in found[1:])
+
+
+@pytest.mark.parametrize("case", [SMALL, GRU], ids=["mlp", "gru"])
+def test_gradient_multiplies_in_the_precision_of_its_row(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[bool] = set()
+    real = bench.BenchModel.predict
+
+    def watched(model: Any, z: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return real(model, z, action)
+
+    problem = Problem(replace(case, samples=4))
+    monkeypatch.setattr(bench.BenchModel, "predict", watched)
+    for precision, cast in (("float32", False), ("bfloat16", True)):
+        seen.clear()
+        plan = ours(problem, "gradient", precision)()
+        assert seen == {cast} and plan.dtype == torch.float32 and bool(plan.isfinite().all())
+
+
+@pytest.mark.parametrize("planner", ["cem", "mppi"])
+def test_the_first_noise_does_not_depend_on_our_defaults(planner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(SMALL)
+    before = ours(problem, planner, "float32")()
+    config = bench.resolve("planners", planner).Config
+    real = config.__init__
+    monkeypatch.setattr(config, "__init__", lambda self, **options: real(self, **{"std": 0.1, **options}))
+    assert torch.equal(ours(problem, planner, "float32")(), before)
+    monkeypatch.setattr(bench, "STD", 0.1)
+    assert not torch.equal(ours(problem, planner, "float32")(), before)  # negative control
+
+
+def test_pldm_makes_one_update_per_plan() -> None:
+    assert CASES["pldm"].iterations == 1
 
 
 @pytest.mark.gpu
@@ -203,6 +239,24 @@ def test_the_limit_multiplies_these_shapes_and_nothing_else(
     assert set(seen) == products and len(seen) == len(products) * case.horizon * case.iterations
 
 
+def test_the_faster_of_two_limits_is_taken() -> None:
+    now = 0.0
+
+    def taking(*seconds: float) -> Callable[[], None]:
+        left = list(seconds)
+
+        def run() -> None:
+            nonlocal now
+            now += left.pop(0)
+
+        return run
+
+    slow, fast = taking(1, 5, 4, 5), taking(9, 5, 3, 6)  # the first, to warm up, does not count
+    assert bench._fastest([slow, fast], "cpu", lambda: now) is fast
+    slow, fast = taking(1, 5, 4, 5), taking(9, 5, 3, 6)
+    assert bench._fastest([fast, slow], "cpu", lambda: now) is fast
+
+
 # -- memory ----------------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +307,38 @@ def test_absent_and_broken_packages_are_left_out_with_a_note(monkeypatch: pytest
     assert "mlp-32-b1: " in notes[3] and len(notes) == 4
     (row,) = (r for r in result if "good-peer" in r["name"])
     assert row["plan_cost"] == pytest.approx(row["zero_plan_cost"])
+
+
+def test_a_package_that_cannot_be_set_up_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(problem: Problem) -> Any:
+        raise TypeError("unexpected keyword argument")
+
+    def plans(problem: Problem) -> Any:
+        return {("cem", ""): lambda: torch.zeros(problem.case.envs, problem.case.horizon, bench.ACTIONS)}
+
+    monkeypatch.setattr(peers, "PEERS", {"new": (("json",), fails), "old": (("json",), plans)})
+    notes: list[str] = []
+    result = bench_rollouts(["mlp-32-b1"], ["cem"], quick=True, threads=1, note=notes.append)
+    assert "new is left out, because it cannot be set up: TypeError: unexpected keyword" in notes[0]
+    assert [r["implementation"] for r in result] == [LIMIT, OURS, LOOP, "old"]
+
+
+def test_icem_of_stable_worldmodel_is_measured_with_both_first_deviations(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, list[tuple[float, int]]] = {"CEMSolver": [], "ICEMSolver": [], "MPPISolver": []}
+
+    def solver(name: str) -> Callable[..., Any]:
+        def make(cost: Any, **options: Any) -> Any:
+            made[name].append((options["var_scale"], options["batch_size"]))
+            return SimpleNamespace(configure=lambda **_: None)
+
+        return make
+
+    fake = SimpleNamespace(**{name: solver(name) for name in made})
+    monkeypatch.setattr(peers.importlib, "import_module", lambda name: fake)
+    names = [setting for planner, setting in peers._stable_worldmodel(Problem(SMALL)) if planner == "icem"]
+    assert names == ["batch_size=1", "batch_size=1, std 1", "batch_size=3", "batch_size=3, std 1"]
+    assert made["ICEMSolver"] == [(0.5, 1), (1.0, 1), (0.5, 3), (1.0, 3)]
+    assert made["CEMSolver"] == made["MPPISolver"] == [(0.5, 1), (0.5, 3)]
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
