@@ -23,7 +23,7 @@ class MPC:
 
     Args:
         planner: one with ``start(envs, device)`` and ``shift(memory, steps)`` is warm-started from its last plan, shifted
-            by the steps executed since; any other begins anew each time.
+            by the steps executed since, if that was followed; any other begins anew each time.
         replan_every: environment steps between two plans of an environment.
         escape: where the world model is wrong, a deterministic controller can repeat the same useless plan for ever, for
             example at the edge of a door. An environment whose latent has moved by less than this share of what its plan
@@ -107,7 +107,8 @@ class MPC:
         """Actions in which the environments that are stuck are replaced, and the new state of all.
 
         ``origin`` (B, *latent) is where the last plan began, ``promise`` (B,) the squared distance it was to bring,
-        ``times`` (B,) how often an episode was stuck, ``left`` (B,) steps of the escape that goes on, ``action`` (B, A).
+        ``times`` (B,) how often an episode was stuck, ``left`` (B,) steps of the escape that goes on, ``action`` (B, A),
+        and ``escaping`` (B,) bool, whether that action is executed instead of the plan.
         """
         if last is None:
             count = torch.zeros(len(first), dtype=torch.int64, device=z.device)
@@ -123,7 +124,7 @@ class MPC:
         promise = promise.masked_fill(left > 0, 0.0)  # no plan is executed, so none can be broken
         state = {
             "origin": _where(due, z, last["origin"]), "promise": promise, "times": times,
-            "left": (left - 1).clamp(min=0), "action": away,
+            "left": (left - 1).clamp(min=0), "action": away, "escaping": left > 0,
         }  # fmt: skip
         return torch.where((left > 0)[:, None], away, action), state
 
@@ -145,7 +146,9 @@ class MPC:
         if self._warm:
             fresh = self.planner.start(len(first), z.device)
             moved = self.planner.shift(warm, memory["cursor"])
-            warm = {k: _where(first, fresh[k], _where(due, moved[k], warm[k])) for k in fresh}
+            # the last plan of an environment that escapes was not followed, so it says nothing about the next
+            anew = first | (due & memory["escape"]["escaping"]) if "escape" in memory else first
+            warm = {k: _where(anew, fresh[k], _where(due, moved[k], warm[k])) for k in fresh}
         select = getattr(objective, "select", None)
         rows = due.nonzero()[:, 0] if z.device.type == "cpu" and select is not None and not bool(due.all()) else None
         if rows is None or select is None:

@@ -190,7 +190,7 @@ def watch(agent: Agent, task: Task, task_id: int | None = None) -> Story | None:
     """Play the first evaluation episodes of a task; ``None`` where there is no grid, or the agent keeps no plans.
 
     Plans are the ``plan`` (B, H, A) of an agent's memory when its ``cursor`` (B,) is 1, as
-    :class:`clbench.planners.mpc.MPC` has them.
+    :class:`clbench.planners.mpc.MPC` has them, but for those that are not followed because of an escape.
     """
     device = getattr(agent, "device", torch.device("cpu"))
     tasks = task.evaluation.head(EPISODES)
@@ -236,9 +236,13 @@ def _play(agent: Agent, env: VectorEnv, task: Task, obs: Any, episodes: list[Epi
         actions, memory = agent.act(obs, memory, first, rng=rng, task=ids)
         if not (isinstance(memory, Mapping) and "plan" in memory and "cursor" in memory):
             return False
-        fresh = (memory["cursor"] == 1).tolist()
+        fresh = memory["cursor"] == 1
+        escape = memory.get("escape")
+        if isinstance(escape, Mapping) and "escaping" in escape:
+            fresh = fresh & ~escape["escaping"]
+        made = fresh.tolist()
         for row, episode in live.items():
-            if fresh[row]:
+            if made[row]:
                 episode.plans.append((step, memory["plan"][row : row + 1].clone()))
         actions = check_actions(actions, env.single_action_space, n, type(agent).__name__)
         obs, _, terminated, truncated, info = env.step(actions)

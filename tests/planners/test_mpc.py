@@ -7,6 +7,7 @@ import torch
 from worlds import Point, small
 
 from clbench.errors import ConfigError, ContractError
+from clbench.planners.bounds import ActionBounds
 from clbench.planners.cem import CEM
 from clbench.planners.gradient import Gradient
 from clbench.planners.icem import ICEM
@@ -223,6 +224,23 @@ def test_a_new_episode_forgets_that_the_last_one_was_stuck():
     _, memories = control(escaping(), [True], 12, begin=(5,))
     times = [int(m["escape"]["times"]) for m in memories]
     assert times == [0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 2]
+
+
+def test_after_an_escape_the_planner_begins_afresh_since_its_plan_was_not_followed():
+    class Watched(Script):
+        """Plans that move; its memory sums up by how much it has been shifted."""
+
+        def plan(self, model, z, objective, memory, *, rng):
+            return torch.ones(len(z), HORIZON, 2), {"plans": memory["plans"] + 1, "moved": memory["moved"]}
+
+    bounds = ActionBounds([-1, -1], [1, 1])
+    _, memories = control(MPC(Watched(), replan_every=2, escape=0.5, bounds=bounds), [False, True], 8, begin=())
+    moved = torch.stack([m["planner"]["moved"] for m in memories])
+    assert moved[:, 0].tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
+    # plan (2 steps), escape (2; the plan made at its start still goes on from one that was followed), plan (2), escape (2)
+    assert [bool(m["escape"]["escaping"][1]) for m in memories] == [False] * 2 + [True] * 2 + [False] * 2 + [True] * 2
+    assert moved[:, 1].tolist() == [0, 0, 2, 2, 0, 0, 2, 2]
+    assert torch.stack([m["planner"]["plans"] for m in memories])[:, 1].tolist() == [1, 1, 2, 2, 1, 1, 2, 2]
 
 
 def test_bad_escapes():

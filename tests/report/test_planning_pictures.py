@@ -25,6 +25,7 @@ from clbench.envs.make import make_env
 from clbench.envs.two_rooms import make_layout
 from clbench.envs.two_rooms_chase import shortest_path
 from clbench.experiments import RunResult
+from clbench.planners.bounds import ActionBounds
 from clbench.planners.mpc import MPC
 from clbench.report import planning
 from clbench.report.planning import (
@@ -99,8 +100,8 @@ class Straight:
 class Planner(Agent):
     """Follows straight lines by the true model; has no weights."""
 
-    def __init__(self, model: Any = None, replan_every: int = 4):
-        self.model, self.mpc = model or Truth(), MPC(Straight(), replan_every=replan_every)
+    def __init__(self, model: Any = None, replan_every: int = 4, **options: Any):
+        self.model, self.mpc = model or Truth(), MPC(Straight(), replan_every=replan_every, **options)
         self.device = torch.device("cpu")
 
     def act(self, obs: Any, memory: Any, first: Tensor, *, rng: Any, task: Any = None, explore: bool = False) -> Any:
@@ -331,6 +332,17 @@ def test_paths_and_plans_are_those_of_the_episode() -> None:
             misread = max(misread, np.linalg.norm(line[:, None] - wrong[None], axis=2).min(1).max())
     assert misread > 3, "a model that moves the other way would be seen"
     assert {e.outcome.split()[0] for e in story.episodes} <= {"success", "failure"}
+
+
+def test_plans_that_an_escape_did_not_execute_are_not_on_the_path() -> None:
+    bounds = ActionBounds([-1.5, -1.5], [1.5, 1.5])
+    # the model promises three times what happens, so every plan that is followed ends in an escape
+    story = watch(Planner(Truth(speed=3.0), escape=0.9, bounds=bounds), rooms_task(1))
+    assert story is not None
+    (episode,) = story.episodes
+    made = [step for step, _ in episode.plans]
+    # followed for 4 steps, escape of 4, followed for 4, escape of 8, followed for 4, escape of 12
+    assert made[:3] == [0, 8, 20][: len(made)] and len(made) >= 2
 
 
 def test_rows_with_one_layout_share_their_encodings() -> None:
