@@ -92,8 +92,7 @@ class MPC:
             plan, cursor, warm = self._replan(model, z, objective, memory, first, due, rng)
         else:
             plan, cursor, warm = memory["plan"], memory["cursor"], memory["planner"]
-        # an environment that escapes walks past the end of its plan, which is not what it executes
-        action = plan[torch.arange(len(first), device=plan.device), cursor.clamp(max=plan.shape[1] - 1)]
+        action = plan[torch.arange(len(first), device=plan.device), cursor]
         memory = {"plan": plan, "cursor": cursor + 1, "planner": warm}
         if self.escape:
             last = None if before is None else before["escape"]
