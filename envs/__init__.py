@@ -23,6 +23,10 @@ TABLE: dict[str, tuple[str, str]] = {
         "clbench.envs.point_maze:PointMazeVectorEnv",
         "point mass in a 4x4 maze; state, or 3x64x64 pixels and velocity (Diverse PointMaze of PLDM)",
     ),
+    "clbench/OGBenchPointMaze-v0": (
+        "clbench.envs.ogbench_maze:OGBenchPointMazeVectorEnv",
+        "OGBench's point mazes (medium, large, giant, teleport) with their five tasks; positions",
+    ),
     "clbench/Classify-v0": (
         "clbench.envs.classify:ClassifyVectorEnv",
         "any labelled data set as one-step episodes; digits ship with it",
@@ -46,6 +50,12 @@ gymnasium.register(
     entry_point="clbench.envs.point_maze:PointMazeEnv",
     vector_entry_point="clbench.envs.point_maze:PointMazeVectorEnv",
     max_episode_steps=200,
+)
+gymnasium.register(
+    id="clbench/OGBenchPointMaze-v0",
+    entry_point="clbench.envs.ogbench_maze:OGBenchPointMazeEnv",
+    vector_entry_point="clbench.envs.ogbench_maze:OGBenchPointMazeVectorEnv",
+    max_episode_steps=1000,
 )
 gymnasium.register(
     id="clbench/Classify-v0",

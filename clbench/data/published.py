@@ -33,12 +33,17 @@ FACES = 31.0, 33.0  # a trajectory passes the door if it has states on both side
 GENERATORS = {
     "two-rooms": "clbench.envs.two_rooms_data:two_rooms",
     "point-maze": "clbench.envs.point_maze_data:point_maze",
+    "ogbench-maze": "clbench.envs.ogbench_maze_data:ogbench_maze",
 }
 CODE = {  # what the numbers depend on; a cached file of other code is not read
     "two-rooms": (__name__, "clbench.rng", "clbench.envs.two_rooms", "clbench.envs.two_rooms_data"),
     "point-maze": (
         __name__, "clbench.rng", "clbench.envs.point_maze", "clbench.envs.point_maze_data",
         "clbench.streams.maze_layouts", "clbench.streams.lists/point_maze_v1.json",
+    ),
+    "ogbench-maze": (
+        __name__, "clbench.rng", "clbench.envs.ogbench_maze", "clbench.envs.ogbench_maze_data",
+        "clbench.streams.ogbench_mazes",
     ),
 }  # fmt: skip
 RENDERED = "clbench.envs.two_rooms_data:rendered"
@@ -50,7 +55,9 @@ def __getattr__(name: str) -> Callable[..., OfflineDataset]:
     """The function of each recipe, ``two_rooms_good_v0`` and so on."""
     for recipe in RECIPES.values():
         if recipe.attribute == name:
-            return {"two-rooms": _two_rooms, "point-maze": _point_maze}[recipe.family](recipe)
+            return {"two-rooms": _two_rooms, "point-maze": _point_maze, "ogbench-maze": _ogbench_maze}[recipe.family](
+                recipe
+            )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -193,6 +200,31 @@ def _point_maze(recipe: Recipe) -> Callable[..., OfflineDataset]:
         return cached(
             recipe.name, _key(recipe, observation=observation, seed=seed), recipe.settings["transitions"],
             lambda: load_object(GENERATORS["point-maze"])(**settings), CODE["point-maze"],
+        )  # fmt: skip
+
+    return make
+
+
+# -- OGBench's point mazes -----------------------------------------------------------------------------------------------
+
+
+def _ogbench_maze(recipe: Recipe) -> Callable[..., OfflineDataset]:
+    def make(*, trajectories: int | None = None, step_size: float = 0.2, seed: int = 0) -> OfflineDataset:
+        """See :data:`clbench.data.recipes.RECIPES`.
+
+        Args:
+            trajectories: the first so many, instead of all.
+            step_size: displacement per axis of a full action.
+            seed: another draw of the same distribution.
+        """
+        kept = ("maze", "kind", "trajectories", "steps")
+        settings = {**{key: recipe.settings[key] for key in kept}, "step_size": step_size, "seed": seed}
+        if trajectories is not None:
+            settings["trajectories"] = trajectories
+        return cached(
+            recipe.name, _key(recipe, trajectories=trajectories, step_size=step_size, seed=seed),
+            settings["trajectories"] * settings["steps"], lambda: load_object(GENERATORS["ogbench-maze"])(**settings),
+            CODE["ogbench-maze"],
         )  # fmt: skip
 
     return make

@@ -1,4 +1,5 @@
-"""The 23 published data sets of PLDM (Sobal et al. 2025, arXiv 2502.14819, appendix on data) as plain values.
+"""The published data sets as plain values: 23 of PLDM (Sobal et al. 2025, arXiv 2502.14819, appendix on data), and the 8 of
+OGBench's point mazes (Park et al. 2025, arXiv 2410.20092).
 
 Nothing heavy is imported here, so that a listing costs nothing; :mod:`clbench.data.published` makes the data.
 """
@@ -16,6 +17,12 @@ SIZES = (634, 1_269, 5_078, 20_312, 81_250, 325_000, 1_500_000)
 STATES = (17, 33, 65)  # per trajectory; the reference data have 91
 GOOD_SHARES = (0, 0.001, 0.01, 0.02, 0.04, 0.08, 0.16)
 LAYOUTS = (5, 10, 20, 40)
+OGBENCH = {  # trajectories x steps of each kind; giant mazes have longer ones
+    "medium": {"navigate": (1000, 1000), "stitch": (5000, 200)},
+    "large": {"navigate": (1000, 1000), "stitch": (5000, 200)},
+    "giant": {"navigate": (500, 2000), "stitch": (5000, 200)},
+    "teleport": {"navigate": (1000, 1000), "stitch": (5000, 200)},
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Recipe:
     Args:
         name: its id without options.
         summary: for ``clbench list``.
-        family: ``"two-rooms"`` or ``"point-maze"``: what makes it and what its task is.
+        family: ``"two-rooms"``, ``"point-maze"`` or ``"ogbench-maze"``: what makes it and what its task is.
         settings: what sets it apart within the family.
     """
 
@@ -68,6 +75,13 @@ def _recipes() -> list[Recipe]:
         Recipe(f"point-maze/{n}-layouts-v0", f"1 M random transitions in {n} maze layouts", "point-maze",
                {"transitions": MAZE, "layouts": n})
         for n in LAYOUTS
+    ]  # fmt: skip
+    found += [
+        Recipe(f"ogbench-maze/{maze}-{kind}-v0", f"OGBench's pointmaze-{maze}-{kind}: {count:,} walks of {steps:,} steps",
+               "ogbench-maze", {"transitions": count * steps, "maze": maze, "kind": kind, "trajectories": count,
+                                "steps": steps})
+        for maze, kinds in OGBENCH.items()
+        for kind, (count, steps) in kinds.items()
     ]  # fmt: skip
     return found
 

@@ -43,7 +43,8 @@ def stream_of(identifier: str) -> Callable[..., Suite]:
             f"The data set {name!r} has no task of its own, so it is no stream; make a clbench.Task with this dataset_id, "
             f"or take one of {', '.join(sorted(RECIPES)[:2])}, ... (`clbench list datasets`)."
         )
-    function = {"two-rooms": _two_rooms, "point-maze": _point_maze}[RECIPES[name].family](name)
+    families = {"two-rooms": _two_rooms, "point-maze": _point_maze, "ogbench-maze": _ogbench_maze}
+    function = families[RECIPES[name].family](name)
     return _with_defaults(function, options, identifier)
 
 
@@ -101,6 +102,31 @@ def _point_maze(name: str) -> Callable[..., Suite]:
         data = _identifier(name, observation=(observation, "state"), seed=(seed, 0))
         kwargs = {"observation": observation}
         task = Task("held-out-layouts", "clbench/PointMaze-v0", kwargs, data, trials.head(episodes), "success")
+        return Suite(name, [task], updates=UPDATES, env_steps=ENV_STEPS)
+
+    return stream
+
+
+def _ogbench_maze(name: str) -> Callable[..., Suite]:
+    maze = RECIPES[name].settings["maze"]
+
+    def stream(
+        *, step_size: float = 0.2, trajectories: int | None = None, max_steps: int = 1000, seed: int = 0,
+        episodes: int = 250,
+    ) -> Suite:  # fmt: skip
+        """The five tasks of the maze.
+
+        Args:
+            step_size: displacement per axis of a full action, in the data and in the environment.
+            trajectories: of the data, the first so many; all of them by default.
+            max_steps: steps after which an evaluation episode is over.
+            seed: of the data; the run's own seed does not change them.
+            episodes: the first ones of the frozen list; a multiple of 5 is balanced over the tasks.
+        """
+        trials: TaskList = load_object("clbench.streams.ogbench_mazes:evaluation_trials")(maze, episodes)
+        data = _identifier(name, step_size=(step_size, 0.2), trajectories=(trajectories, None), seed=(seed, 0))
+        kwargs = {"maze": maze, "step_size": step_size, "max_episode_steps": max_steps}
+        task = Task(maze, "clbench/OGBenchPointMaze-v0", kwargs, data, trials, "success")
         return Suite(name, [task], updates=UPDATES, env_steps=ENV_STEPS)
 
     return stream

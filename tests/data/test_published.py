@@ -34,8 +34,9 @@ def turning(data: OfflineDataset) -> torch.Tensor:
     return (unit[:, 1:] * unit[:, :-1]).sum(-1).mean(1)
 
 
-def test_there_are_23() -> None:
-    assert len(RECIPES) == 23
+def test_there_are_23_of_pldm_and_8_of_ogbench() -> None:
+    families = [recipe.family for recipe in RECIPES.values()]
+    assert {f: families.count(f) for f in families} == {"two-rooms": 19, "point-maze": 4, "ogbench-maze": 8}
     assert len(TWO_ROOMS) == 19
     assert {"two-rooms/good-v0", "two-rooms/length-17-v0", "two-rooms/size-5078-v0", "two-rooms/mix-0.01-v0",
             "two-rooms/no-door-v0", "point-maze/5-layouts-v0"} <= set(RECIPES) <= set(TABLE)  # fmt: skip
