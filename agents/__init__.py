@@ -7,6 +7,9 @@ if __name__ != "clbench.agents":
 TABLE: dict[str, tuple[str, str]] = {
     "random": ("clbench.agents.random:RandomAgent", "uniform random actions; the floor of every comparison"),
     "bc": ("clbench.agents.bc:BC", "(goal-conditioned) behaviour cloning; on Classify tasks the plain classifier"),
+    "gcbc": ("clbench.agents.gcbc:GCBC", "goal-conditioned behaviour cloning, offline (OGBench)"),
+    "gcivl": ("clbench.agents.gcivl:GCIVL", "goal-conditioned implicit V-learning, offline (OGBench)"),
+    "gciql": ("clbench.agents.gciql:GCIQL", "goal-conditioned implicit Q-learning, offline (OGBench)"),
     "pldm": ("clbench.agents.pldm:PLDM", "latent world model from offline data, and planning with it (JEPA, PLDM)"),
     "sb3-ppo": ("clbench.agents.sb3:SB3PPO", "Stable-Baselines3 PPO, online"),
     "sb3-dqn": ("clbench.agents.sb3:SB3DQN", "Stable-Baselines3 DQN, online, with HER for goal observations"),
