@@ -12,6 +12,7 @@ import clbench.envs  # noqa: F401 (registers clbench/... with Gymnasium: string 
 from clbench.version import __version__
 
 if TYPE_CHECKING:
+    from clbench.comparison import compare
     from clbench.contracts import (
         Agent,
         Experience,
@@ -45,13 +46,14 @@ _LAZY = {
     "clbench.envs.make": ("make_env",),
     "clbench.streams": ("make_stream",),
     "clbench.experiments": ("run",),
+    "clbench.comparison": ("compare",),
 }  # fmt: skip
 _WHERE = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
     "Agent", "Experience", "Metric", "Objective", "OfflineDataset", "Phase", "Planner", "Spaces", "Stream", "Task",
     "TaskInfo", "TaskList", "VectorEnv", "WorldModel", "load_dataset", "make_env", "make_stream", "register_agent",
-    "__version__", "register_dataset", "register_env", "register_planner", "register_stream", "run",
+    "__version__", "compare", "register_dataset", "register_env", "register_planner", "register_stream", "run",
 ]  # fmt: skip
 
 

@@ -305,7 +305,7 @@ def _run_in(
             directory.clear()
         status = directory.status()
         if status is not None:
-            _same_configuration(resolved, directory)
+            check_configuration(resolved, directory)
         if status == "complete" and directory.checkpoint.exists():
             results = read_json(directory.results)
             if reference is not None:  # which the run may have been made without
@@ -428,7 +428,7 @@ def _config_record(resolved: Resolved) -> dict[str, Any]:
     }
 
 
-def _same_configuration(resolved: Resolved, directory: RunDirectory) -> None:
+def check_configuration(resolved: Resolved, directory: RunDirectory) -> None:
     """Refuse to go on with a run of another configuration; name what differs."""
     saved = read_json(directory.config)
     if saved.get("fingerprint") == resolved.fingerprint:

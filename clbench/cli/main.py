@@ -25,6 +25,7 @@ USAGE = """\
 usage: clbench VERB [ARGUMENTS] [--traceback]
 
   run STREAM --agent AGENT [OPTIONS]   train and evaluate one agent on one stream
+  compare DATASET... --agents A,B,...  several agents on several data sets: paired statistics and a report
   report RUNS... [--out FILE]          one self-contained HTML page with plots and tables
   data (list|info|make|import|export)  offline data: what there is, from and to Minari and OGBench
   list [KIND] [--json]                 agents, envs, streams, schedules, planners, methods, datasets
@@ -374,6 +375,12 @@ def _bench_rollouts(arguments: Arguments) -> int:
 BENCHMARKS: dict[str, Callable[[Arguments], int]] = {"envs": _bench_envs, "rollouts": _bench_rollouts}
 
 
+def _compare(arguments: Arguments) -> int:
+    from clbench.cli.compare import compare
+
+    return compare(arguments, _parse)
+
+
 def _data(arguments: Arguments) -> int:
     from clbench.cli.data import data
 
@@ -382,6 +389,7 @@ def _data(arguments: Arguments) -> int:
 
 VERBS: dict[str, Callable[[Arguments], int]] = {
     "run": _run,
+    "compare": _compare,
     "data": _data,
     "report": _report,
     "list": _list,
