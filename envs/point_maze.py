@@ -41,7 +41,8 @@ from clbench.envs.seeding import AUTORESETS, EpisodeSeeds, check_batch, split_op
 from clbench.envs.two_rooms import FramePool
 from clbench.errors import ConfigError, ContractError, DataError, unknown_name
 from clbench.rng import hash_uniform
-from clbench.streams.maze_layouts import PUBLISHED, SIDE, far_pairs, layout_code
+from clbench.streams.maze_layouts import CELLS, PUBLISHED, SIDE, far_pairs, layout_code, path_lengths
+from clbench.streams.ogbench_mazes import following
 
 # -- facts of the scene (D4RL) and of MuJoCo's default contact --------------------------------------------------------
 RADIUS, DENSITY = 0.1, 1000.0
@@ -56,10 +57,12 @@ STIFFNESS = 1 / (IMPEDANCE[1] * TIME_CONSTANT) ** 2
 CONTACT_DAMPING = 2 / (IMPEDANCE[1] * TIME_CONSTANT)
 INVERSE_WEIGHT = 2 / (3 * MASS)  # MuJoCo averages 1/m over three axes, of which one cannot move
 
+OBSERVATIONS = ("state", "layout", "pixels")
 ACTION_REPEAT = 4
 SUCCESS = 0.5  # distance to the goal
 JITTER, GOAL_HALF = 0.1, 0.25  # around the centre of a cell: starts, goals
 GAP = 0.02  # starts and goals to the nearest wall, at least
+STIFF, DAMP = 2.0, 0.5  # of the controllers: action per cell, and per cell per second
 SPEED_BOUND = 8.0  # of the observation space; 7.4 is the speed along the diagonal, which a corner may turn
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -285,6 +288,11 @@ def disc_position(frames: Tensor) -> Tensor:
     return torch.stack([(cover.sum(-2) * pixel).sum(-1) / total, (cover.sum(-1) * pixel).sum(-1) / total], -1)
 
 
+def layout_bits(codes: Tensor) -> Tensor:
+    """Layouts (B,) as observations float32 (B, 16): 1 for a wall, row by row."""
+    return ((codes[:, None].to(torch.int64) >> torch.arange(CELLS, device=codes.device)) & 1).to(torch.float32)
+
+
 def is_success(achieved: Tensor, desired: Tensor) -> Tensor:
     """Closer than 0.5: positions (..., 2) -> (...) bool."""
     return (achieved - desired).square().sum(-1) < SUCCESS**2
@@ -306,8 +314,9 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
 
     Observation: a dict. ``"state"``: ``observation`` float32 (B, 4) = (x, y, vx, vy), ``achieved_goal`` and
     ``desired_goal`` (B, 2) positions. ``"pixels"``: ``observation`` uint8 (B, 3, 64, 64), ``achieved_goal`` (the same
-    tensor), ``velocity`` float32 (B, 2), ``desired_goal`` the picture of the agent at the goal. Treat them as read-only:
-    the desired goals are shared between steps until a row is reset.
+    tensor), ``velocity`` float32 (B, 2), ``desired_goal`` the picture of the agent at the goal. ``"layout"``: as
+    ``"state"``, with ``layout`` float32 (B, 16), 1 for a wall, row by row. Treat them as read-only: goals and layouts are
+    shared between steps until a row is reset.
 
     Action: (B, 2) in [-1, 1], a force per axis (23.9 cells/s^2 at 1), held for ``action_repeat`` simulation steps of
     0.01 s; larger ones are clipped.
@@ -326,7 +335,7 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
         device: of all tensors.
         autoreset: ``"same_step"`` or ``"disabled"``.
         layout: text or name of the maze (:func:`clbench.streams.maze_layouts.layout_code`), or one per row.
-        observation: ``"state"`` or ``"pixels"``.
+        observation: ``"state"``, ``"layout"`` or ``"pixels"``.
         action_repeat: simulation steps per step.
         max_episode_steps: steps until truncation, or ``None``.
         terminate_on_success: whether reaching the goal ends the episode.
@@ -348,8 +357,8 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
         terminate_on_success: bool = True,
         render_mode: str | None = None,
     ):
-        if observation not in ("state", "pixels"):
-            raise unknown_name("value of observation", str(observation), ("state", "pixels"), where="PointMaze")
+        if observation not in OBSERVATIONS:
+            raise unknown_name("value of observation", str(observation), OBSERVATIONS, where="PointMaze")
         for name, count in (("max_episode_steps", max_episode_steps), ("action_repeat", action_repeat)):
             if count is not None and count < 1:
                 raise ConfigError(f"PointMaze: {name} must be at least 1, got {count}.")
@@ -357,12 +366,12 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
         self.num_envs, self.autoreset = num_envs, autoreset
         self.max_episode_steps, self.terminate_on_success = max_episode_steps, terminate_on_success
         self.action_repeat, self.render_mode = action_repeat, render_mode
-        self.pixels = observation == "pixels"
+        self.pixels, self.observation = observation == "pixels", observation
         self.layout = [layout] * num_envs if isinstance(layout, str) else list(layout)
         if len(self.layout) != num_envs:
             raise ConfigError(f"PointMaze: layout has {len(self.layout)} entries; give one, or {num_envs} of them.")
         self.metadata = {"autoreset_mode": AUTORESETS[autoreset], "render_modes": ["rgb_array"], "render_fps": 25}
-        self.single_observation_space = observation_space(self.pixels)
+        self.single_observation_space = observation_space(observation)
         self.single_action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -387,6 +396,8 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
         self._count = torch.tensor([len(p) for p in pairs]).to(self.device)
         self._pairs = torch.nn.utils.rnn.pad_sequence(pairs, batch_first=True).to(self.device)
         self._table = self._table.to(self.device)
+        self._codes, self._way = codes, None  # the oracle's table is made when it is asked for
+        self._bits = layout_bits(layout)
         if self.pixels:
             self._background = background(layout[:1] if len(codes) == 1 else layout)
 
@@ -496,7 +507,8 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
         desired: Tensor = self._desired  # type: ignore[assignment]
         if not self.pixels:
             state = torch.cat([self._position, self._velocity]).t().contiguous()
-            return {"observation": state, "achieved_goal": shown, "desired_goal": desired}
+            obs = {"observation": state, "achieved_goal": shown, "desired_goal": desired}
+            return obs | {"layout": self._bits} if self.observation == "layout" else obs
         velocity = self._velocity.t().clone(memory_format=torch.contiguous_format)
         return {"observation": shown, "achieved_goal": shown, "velocity": velocity, "desired_goal": desired}
 
@@ -569,6 +581,32 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
         """
         return goal_reward(achieved_goal, desired_goal)
 
+    # -- controllers for reference lines ----------------------------------------------------------------------------
+
+    def oracle_actions(self) -> Tensor:
+        """Actions (B, 2) of somebody who knows the layout: a damped pull to the centre of the next cell of a shortest path
+        over cells, and within the goal's cell to the goal."""
+        if self._way is None:
+            ways = [torch.from_numpy(following(path_lengths(code), SIDE)) for code in self._codes.tolist()]
+            self._way = torch.stack(ways).to(self.device)
+        cell, goal = (self._cell(points) for points in (self._position, self._goal))
+        target = self._way[self._table, cell, goal]
+        centre = torch.stack([target % SIDE, target.div(SIDE, rounding_mode="floor")]) + 0.5
+        return self._pull(torch.where(cell == goal, self._goal, centre))
+
+    def straight_line_actions(self) -> Tensor:
+        """Actions (B, 2) that ignore the walls: a damped pull to the goal."""
+        return self._pull(self._goal)
+
+    @staticmethod
+    def _cell(points: Tensor) -> Tensor:
+        """Numbers (B,) of the cells of points (2, B)."""
+        column, row = points.floor().clamp(0, SIDE - 1).to(torch.int64)
+        return SIDE * row + column
+
+    def _pull(self, target: Tensor) -> Tensor:
+        return (STIFF * (target - self._position) - DAMP * self._velocity).clamp(-1, 1).t().contiguous()
+
     # -- pictures, state --------------------------------------------------------------------------------------------
 
     def render(self) -> Any:  # type: ignore[override]
@@ -606,6 +644,8 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
             observations = {"observation": shown, "achieved_goal": shown, "velocity": still}
         else:
             observations = {"observation": torch.cat([place, still], 1), "achieved_goal": place}
+            if self.observation == "layout":
+                observations["layout"] = layout_bits(layout).expand(len(place), -1)
         low, high = -EDGE / CELL, (SIZE - EDGE) / CELL
         return GoalGrid(place, observations, (low, high, high, low))
 
@@ -636,17 +676,20 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
 _STATE, _SEEDS = ("position", "velocity", "goal", "layout", "steps"), ("base", "episode")
 
 
-def observation_space(pixels: bool) -> spaces.Dict:
-    """The goal dict of one environment."""
+def observation_space(observation: str) -> spaces.Dict:
+    """The goal dict of one environment, for each of :data:`OBSERVATIONS`."""
     place = spaces.Box(0.0, float(SIDE), (2,), np.float32)
     speed = spaces.Box(-SPEED_BOUND, SPEED_BOUND, (2,), np.float32)
-    if pixels:
+    if observation == "pixels":
         picture = spaces.Box(0, 255, (3, SIZE, SIZE), np.uint8)
         keys = {"observation": picture, "achieved_goal": picture, "velocity": speed, "desired_goal": picture}
         return spaces.Dict(keys)
     low, high = (np.concatenate([getattr(place, side), getattr(speed, side)]) for side in ("low", "high"))
     state = spaces.Box(low, high, dtype=np.float32)
-    return spaces.Dict({"observation": state, "achieved_goal": place, "desired_goal": place})
+    keys: dict[str, spaces.Space] = {"observation": state, "achieved_goal": place, "desired_goal": place}
+    if observation == "layout":
+        keys["layout"] = spaces.Box(0.0, 1.0, (CELLS,), np.float32)
+    return spaces.Dict(keys)
 
 
 class PointMazeEnv(gymnasium.Env):

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from clbench.data.dataset import OfflineDataset, Rendered
-from clbench.envs.point_maze import CONTACT, JITTER, MAX_SPEED, move, render_pixels, ring_code, wall_distance
+from clbench.envs.point_maze import (
+    CONTACT,
+    JITTER,
+    MAX_SPEED,
+    OBSERVATIONS,
+    layout_bits,
+    move,
+    render_pixels,
+    ring_code,
+    wall_distance,
+)
 from clbench.errors import ConfigError, unknown_name
 from clbench.rng import numpy_generator
 from clbench.streams.maze_layouts import SIDE, layout_code, layout_text, path_lengths, training_layouts
@@ -38,12 +48,13 @@ def point_maze(
             as text or name.
         transitions: ``N``; if it is no multiple of ``steps``, the last episode is cut short.
         steps: actions per episode, ``T``.
-        observation: ``"state"`` or ``"pixels"`` (rendered from stored positions when a batch is drawn).
+        observation: ``"state"``, ``"layout"``, or ``"pixels"`` (rendered from stored positions when a batch is drawn).
         seed: of the generator.
 
     Returns:
-        ``N`` transitions. ``"state"``: ``observation`` (N, 4) = (x, y, vx, vy) and ``achieved_goal`` (N, 2). ``"pixels"``:
-        ``observation`` and ``achieved_goal``, which share one column (N, 3, 64, 64), and ``velocity`` (N, 2).
+        ``N`` transitions. ``"state"``: ``observation`` (N, 4) = (x, y, vx, vy) and ``achieved_goal`` (N, 2). ``"layout"``:
+        these and ``layout`` (N, 16), 1 for a wall. ``"pixels"``: ``observation`` and ``achieved_goal``, which share one
+        column (N, 3, 64, 64), and ``velocity`` (N, 2).
 
     Raises:
         ConfigError: an argument out of range, or no layout.
@@ -51,9 +62,8 @@ def point_maze(
     for name, value in (("transitions", transitions), ("steps", steps)):
         if value < 1:
             raise ConfigError(f"point-maze: {name} must be at least 1, got {value}.")
-    if observation not in ("state", "pixels"):
-        kinds = ("state", "pixels")
-        raise unknown_name("value of observation", str(observation), kinds, where="data set 'point-maze'")
+    if observation not in OBSERVATIONS:
+        raise unknown_name("value of observation", str(observation), OBSERVATIONS, where="data set 'point-maze'")
     texts = training_layouts(layouts) if isinstance(layouts, int) else (layouts,)
     codes = torch.tensor([layout_code(text) for text in texts])
     rng = numpy_generator(seed, "point-maze", "data")
@@ -71,8 +81,9 @@ def point_maze(
 
     def columns(state: Tensor, code: Tensor) -> dict[str, Any]:
         place = state[:, :2].contiguous()
-        if observation == "state":
-            return {"observation": state, "achieved_goal": place}
+        if observation != "pixels":
+            columns = {"observation": state, "achieved_goal": place}
+            return columns | {"layout": layout_bits(code)} if observation == "layout" else columns
         picture = rendered(place, code)
         return {"observation": picture, "achieved_goal": picture, "velocity": state[:, 2:].contiguous()}
 
@@ -86,6 +97,17 @@ def point_maze(
             "generator": "point-maze", "layouts": [layout_text(c) for c in codes.tolist()], "transitions": transitions,
             "steps": steps, "observation": observation, "seed": seed,
         },
+    )  # fmt: skip
+
+
+def with_layout(data: OfflineDataset) -> OfflineDataset:
+    """State data of :func:`point_maze` with the further key ``layout`` (N, 16)."""
+    codes = torch.tensor([layout_code(text) for text in data.metadata["layouts"]], device=data.device)
+    episode = codes[torch.arange(len(data.lengths), device=data.device) % len(codes)]
+    return OfflineDataset(
+        data.observations | {"layout": layout_bits(episode[data.episode])}, data.actions, data.lengths,
+        data.final_observations | {"layout": layout_bits(episode)}, None, data.name,
+        {**data.metadata, "observation": "layout"}, check=False,
     )  # fmt: skip
 
 

@@ -543,6 +543,30 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         """
         return goal_reward(achieved_goal, desired_goal)
 
+    # -- controllers for reference lines ----------------------------------------------------------------------------
+
+    def oracle_actions(self) -> Tensor:
+        """Actions (B, 2) of somebody who knows the walls: straight on within a room, else through the door, one pixel
+        clear of its jambs."""
+        position, goal = self._position.to(torch.float64), self._goal.to(torch.float64)
+        (left, upper), (right, lower) = self._layout
+        side, goal_side = ((p[0] >= right).to(torch.int64) - (p[0] <= left).to(torch.int64) for p in (position, goal))
+        at_door = (position[1] >= upper) & (position[1] <= lower)
+        # at the height of the door one pixel behind its far side, else one pixel in front of its near side
+        x = torch.where(torch.where(at_door, goal_side, side) > 0, right + 1, left - 1)
+        y = torch.where(at_door, goal[1], position[1]).clamp(upper + 1, lower - 1)
+        straight = (side == goal_side) | (at_door & (goal_side == 0))
+        return self._towards(torch.where(straight, goal, torch.stack([x, y])))
+
+    def straight_line_actions(self) -> Tensor:
+        """Actions (B, 2) that ignore the walls: along the straight line to the goal, as far as a step leads."""
+        return self._towards(self._goal.to(torch.float64))
+
+    def _towards(self, target: Tensor) -> Tensor:
+        """The longest actions (B, 2) within the action space that lead towards points (2, B), not beyond them."""
+        way = target - self._position
+        return (way * (MAX_ACTION / way.abs().amax(0)).clamp(max=1)).t().to(torch.float32).contiguous()
+
     # -- pictures, state --------------------------------------------------------------------------------------------
 
     def render(self) -> Any:  # type: ignore[override]

@@ -119,6 +119,9 @@ class TwoRoomsChaseVectorEnv(TwoRoomsVectorEnv):
 
     _points_of: ClassVar[Mapping[str, str]] = {"start": "start", "chaser": "goal"}
     _goal_colour: ClassVar[tuple[int, int, int]] = (214, 39, 40)
+    # this goal is to be avoided: there is no controller towards it
+    oracle_actions: ClassVar[None] = None  # type: ignore[assignment]
+    straight_line_actions: ClassVar[None] = None  # type: ignore[assignment]
 
     def __init__(
         self,

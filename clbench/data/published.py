@@ -46,6 +46,7 @@ CODE = {  # what the numbers depend on; a cached file of other code is not read
         "clbench.streams.ogbench_mazes",
     ),
 }  # fmt: skip
+WITH_LAYOUT = "clbench.envs.point_maze_data:with_layout"
 RENDERED = "clbench.envs.two_rooms_data:rendered"
 
 Trajectories = tuple[Tensor, Tensor]  # states (E, T + 1, 2), actions (E, T, 2)
@@ -75,6 +76,8 @@ def kept_at(identifier: str) -> Path | None:
     options = dataclasses.asdict(build(options_of(__getattr__(recipe.attribute)), given, f"data set {name!r}"))
     if recipe.family == "two-rooms":
         del options["observation"]  # pictures are drawn from the same file
+    if recipe.family == "point-maze":
+        options["observation"] = _kept_observation(options["observation"])
     return cache_path(name, _key(recipe, **options), CODE[recipe.family])
 
 
@@ -185,6 +188,11 @@ def _as_pixels(data: OfflineDataset) -> OfflineDataset:
     )  # fmt: skip
 
 
+def _kept_observation(observation: str) -> str:
+    """Layouts are added to the states that are in the cache."""
+    return "state" if observation == "layout" else observation
+
+
 # -- PointMaze -----------------------------------------------------------------------------------------------------------
 
 
@@ -193,14 +201,17 @@ def _point_maze(recipe: Recipe) -> Callable[..., OfflineDataset]:
         """See :data:`clbench.data.recipes.RECIPES`.
 
         Args:
-            observation: ``"state"`` or ``"pixels"`` (rendered from stored positions when a batch is drawn).
+            observation: ``"state"``, ``"layout"`` (and the walls as numbers), or ``"pixels"`` (rendered from stored
+                positions when a batch is drawn).
             seed: another draw of the same distribution.
         """
-        settings = {**recipe.settings, "observation": observation, "seed": derive_seed(seed, recipe.name)}
-        return cached(
-            recipe.name, _key(recipe, observation=observation, seed=seed), recipe.settings["transitions"],
+        kept = _kept_observation(observation)
+        settings = {**recipe.settings, "observation": kept, "seed": derive_seed(seed, recipe.name)}
+        data = cached(
+            recipe.name, _key(recipe, observation=kept, seed=seed), recipe.settings["transitions"],
             lambda: load_object(GENERATORS["point-maze"])(**settings), CODE["point-maze"],
         )  # fmt: skip
+        return load_object(WITH_LAYOUT)(data) if observation == "layout" else data
 
     return make
 

@@ -87,24 +87,40 @@ def _two_rooms(name: str) -> Callable[..., Suite]:
 
 
 def _point_maze(name: str) -> Callable[..., Suite]:
-    def stream(*, observation: str = "state", seed: int = 0, episodes: int = 80) -> Suite:
+    def stream(
+        *, observation: str = "state", seed: int = 0, trials: str = "heldout", episodes: int | None = None
+    ) -> Suite:
         """Goals in held-out layouts.
 
         Args:
-            observation: ``"state"`` or ``"pixels"`` (3 x 64 x 64, and the velocity).
+            observation: ``"state"``, ``"layout"`` (state and the walls as 16 numbers) or ``"pixels"`` (3 x 64 x 64, and the
+                velocity).
             seed: of the data; the run's own seed does not change them.
-            episodes: the first of the 80 frozen ones.
+            trials: ``"heldout"`` (80 trials on 40 layouts), or ``"distance-K"`` (20 trials on 5 layouts whose smallest edit
+                distance to the paper's training layouts is K, 0 to 8).
+            episodes: the first of the frozen ones; all of them by default.
         """
-        _check_observation(observation, name)
-        trials: TaskList = load_object("clbench.streams.maze_layouts:heldout_trials")()
-        if not 1 <= episodes <= len(trials):
-            raise ConfigError(f"{name}: episodes must be from 1 to {len(trials)} (the frozen list), got {episodes}.")
+        _check_observation(observation, name, ("state", "layout", "pixels"))
+        chosen = _maze_trials(trials, name)
+        if episodes is not None and not 1 <= episodes <= len(chosen):
+            raise ConfigError(f"{name}: episodes must be from 1 to {len(chosen)} (the frozen list), got {episodes}.")
         data = _identifier(name, observation=(observation, "state"), seed=(seed, 0))
         kwargs = {"observation": observation}
-        task = Task("held-out-layouts", "clbench/PointMaze-v0", kwargs, data, trials.head(episodes), "success")
+        label = "held-out-layouts" if trials == "heldout" else f"{trials}-layouts"
+        task = Task(label, "clbench/PointMaze-v0", kwargs, data, chosen.head(episodes), "success")
         return Suite(name, [task], updates=UPDATES, env_steps=ENV_STEPS)
 
     return stream
+
+
+def _maze_trials(trials: str, name: str) -> TaskList:
+    """The frozen trials ``"heldout"`` or ``"distance-K"``."""
+    if trials == "heldout":
+        return load_object("clbench.streams.maze_layouts:heldout_trials")()
+    buckets = [f"distance-{k}" for k in load_object("clbench.streams.maze_layouts:BUCKETS")]
+    if trials not in buckets:
+        raise unknown_name("value of trials", trials, ("heldout", *buckets), where=f"stream {name!r}")
+    return load_object("clbench.streams.maze_layouts:bucket_trials")(buckets.index(trials))
 
 
 def _ogbench_maze(name: str) -> Callable[..., Suite]:
@@ -168,9 +184,9 @@ def _plain(text: str) -> Any:
         return text
 
 
-def _check_observation(observation: str, name: str) -> None:
-    if observation not in ("state", "pixels"):
-        raise unknown_name("value of observation", observation, ("state", "pixels"), where=f"stream {name!r}")
+def _check_observation(observation: str, name: str, known: tuple[str, ...] = ("state", "pixels")) -> None:
+    if observation not in known:
+        raise unknown_name("value of observation", observation, known, where=f"stream {name!r}")
 
 
 def _identifier(name: str, **options: tuple[Any, Any]) -> str:

@@ -251,15 +251,16 @@ def maze_layouts(
     Args:
         rng: draws the seeds of the data sets.
         layouts: number of tasks, 1 to 40; the first 5 are those of the paper.
-        observation: ``"state"`` (position, velocity) or ``"pixels"`` (3 x 64 x 64, and the velocity).
+        observation: ``"state"`` (position, velocity), ``"layout"`` (these, and the walls as 16 numbers) or ``"pixels"``
+            (3 x 64 x 64, and the velocity).
         transitions: size of each task's data set.
         episodes: evaluation episodes per task, the first of the 50 shipped ones.
 
     Raises:
         ConfigError: more layouts or episodes than the lists have, or none; an unknown observation.
     """
-    if observation not in ("state", "pixels"):
-        raise unknown_name("value of observation", observation, ("state", "pixels"), where="stream 'maze-layouts'")
+    if observation not in (known := ("state", "layout", "pixels")):
+        raise unknown_name("value of observation", observation, known, where="stream 'maze-layouts'")
     tasks = []
     for number, layout in enumerate(training_layouts(layouts)):
         trials = training_trials(number)

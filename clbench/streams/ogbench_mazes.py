@@ -48,7 +48,7 @@ TASKS: dict[str, tuple[tuple[Cell, Cell], ...]] = {  # from start to goal; task_
 }
 ENTRIES: dict[str, tuple[Cell, ...]] = {"teleport": ((4, 6), (5, 1))}
 EXITS: dict[str, tuple[Cell, ...]] = {"teleport": ((1, 7), (6, 1), (6, 10))}
-STEPS = (("up", -1, 0), ("left", 0, -1), ("down", 1, 0), ("right", 0, 1))  # ties between paths go to the first
+DIRECTIONS = ((-1, 0), (0, -1), (1, 0), (0, 1))  # up, left, down, right; ties between paths go to the first
 
 
 # -- cells --------------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def free_cells(maze: str) -> np.ndarray:
 def vertex_cells(maze: str) -> np.ndarray:
     """Numbers of the free cells that are not part of a straight corridor, ascending: the goals of ``navigate`` data."""
     free = ~walls(maze)
-    up, left, down, right = (np.roll(free, (-row, -column), (0, 1)) for _, row, column in STEPS)
+    up, left, down, right = (np.roll(free, (-row, -column), (0, 1)) for row, column in DIRECTIONS)
     corridor = (up & down & ~left & ~right) | (left & right & ~up & ~down)
     return np.flatnonzero(free & ~corridor)
 
@@ -134,15 +134,23 @@ def next_cells(maze: str) -> np.ndarray:
 
     Teleporters are ordinary cells, as for the scripted policy of the data. The result is shared: do not write to it.
     """
-    return _next_cells(path_lengths(maze), _moves(maze), walls(maze).shape[1])
+    return following(path_lengths(maze), walls(maze).shape[1])
 
 
-def _next_cells(steps: np.ndarray, moves: np.ndarray, columns: int) -> np.ndarray:
-    cell = np.arange(len(steps))
-    far = len(steps)
-    candidates = [cell, *((cell + row * columns + column) % len(cell) for _, row, column in STEPS)]
+def following(steps: np.ndarray, columns: int) -> np.ndarray:
+    """From path lengths ``[cell, goal]`` (cells, cells), -1 for no path, to the next cell of a shortest path.
+
+    Of several paths, the one that begins upwards, leftwards, downwards, in this order. At the goal or without a path, the
+    cell itself.
+
+    Args:
+        steps: of a grid of cells, numbered row by row; neighbours are those at length 1.
+        columns: of the grid.
+    """
+    cell, far = np.arange(len(steps)), len(steps)
+    candidates = [cell, *((cell + row * columns + column) % far for row, column in DIRECTIONS)]
     left = np.where(steps < 0, far, steps)
-    cost = [left] + [np.where(moves[cell, other][:, None], left[other], far) for other in candidates[1:]]
+    cost = [left, *(np.where(steps[cell, other][:, None] == 1, left[other], far) for other in candidates[1:])]
     return np.stack(candidates)[np.argmin(cost, 0), cell[:, None]]
 
 
@@ -151,13 +159,12 @@ def oracle_cells(maze: str) -> np.ndarray:
     """As :func:`next_cells`, by somebody who knows the teleporters: around them where possible, else into the nearest."""
     if maze not in ENTRIES:
         return next_cells(maze)
-    entries = numbers(maze, ENTRIES[maze])
-    moves = _moves(maze, entries.tolist())
-    around = _path_lengths(moves, ~walls(maze).ravel())
+    entries, columns = numbers(maze, ENTRIES[maze]), walls(maze).shape[1]
+    around = _path_lengths(_moves(maze, entries.tolist()), ~walls(maze).ravel())
     to_entry = path_lengths(maze)[:, entries]
     nearest = entries[np.where(to_entry < 0, len(around), to_entry).argmin(1)]
     into = next_cells(maze)[np.arange(len(around)), nearest]
-    return np.where(around >= 0, _next_cells(around, moves, walls(maze).shape[1]), into[:, None])
+    return np.where(around >= 0, following(around, columns), into[:, None])
 
 
 # -- frozen evaluation episodes -----------------------------------------------------------------------------------------
