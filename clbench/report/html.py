@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,18 @@ from clbench.errors import ConfigError
 from clbench.metrics.statistics import Interval
 from clbench.records import write_bytes
 from clbench.registry import entries
+from clbench.report.elements import (
+    bytes_text,
+    caption,
+    count_text,
+    document,
+    figure,
+    interval_cell,
+    plural,
+    seconds_text,
+    table,
+    tag,
+)
 from clbench.report.runs import BrokenRun, Group, Run, group_runs, load_run
 from clbench.report.summary import (
     LOWER_IS_BETTER,
@@ -69,79 +80,9 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str, *, baseline: s
     return out
 
 
-# -- small pieces --------------------------------------------------------------------------------------------------------
-
-
-def _tag(name: str, content: str, **attributes: Any) -> str:
-    text = "".join(f' {k.rstrip("_").replace("_", "-")}="{escape(str(v))}"' for k, v in attributes.items() if v)
-    return f"<{name}{text}>{content}</{name}>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: Sequence[int] = ()) -> str:
-    """A table from cells that are HTML already; the first cell of each row is its header."""
-
-    def cells(row: Sequence[str]) -> str:
-        first, *rest = row
-        body = [
-            c if c.startswith("<td") else _tag("td", c, class_="text" if i in text_columns else "")
-            for i, c in enumerate(rest, start=1)
-        ]
-        return _tag("tr", _tag("th", first, scope="row") + "".join(body))
-
-    head = "".join(
-        _tag("th", h, scope="col", class_="text" if i == 0 or i in text_columns else "") for i, h in enumerate(header)
-    )
-    body = "".join(cells(r) for r in rows)
-    return _tag("div", _tag("table", f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"), class_="scroll")
-
-
-def _caption(text: str) -> str:
-    return _tag("p", text, class_="caption")
-
-
-def number(value: float) -> str:
-    """Three decimals with a proper minus sign, and no negative zero."""
-    return f"{round(value, 3) + 0.0:.3f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _interval_cell(interval: Interval, runs: int | None = None) -> str:
-    """Value and interval; where only some of ``runs`` have the value, how many."""
-    if interval.value is None:
-        return '<td class="empty">\N{EN DASH}</td>'
-    if interval.low is None or interval.high is None:
-        notes = ["one run"]
-    else:
-        notes = [f"{number(interval.low)} to {number(interval.high)}"]
-    notes += [f"{interval.n} of {runs} runs"] if runs is not None and interval.n < runs else []
-    return f"<td>{number(interval.value)}{''.join(_tag('span', n, class_='ci') for n in notes)}</td>"
-
-
 def _metric_title(metric: str) -> str:
     direction = "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
     return f'{TITLES[metric]}<br><span class="direction">{direction}</span>'
-
-
-def count_text(value: Any) -> str:
-    """1234567 -> '1 234 567' (thin spaces)."""
-    return f"{round(value):,}".replace(",", "\N{THIN SPACE}")
-
-
-def bytes_text(value: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")
-
-
-def seconds_text(value: float) -> str:
-    if value >= 3600:
-        return f"{value / 3600:.1f} h"
-    return f"{value / 60:.1f} min" if value >= 120 else f"{value:.1f} s"
-
-
-def _plural(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 # -- the page ------------------------------------------------------------------------------------------------------------
@@ -151,10 +92,9 @@ def page(groups: Sequence[Group], broken: Sequence[BrokenRun], baseline: str | N
     """The whole document."""
     complete = sum(len(runs) for g in groups for runs in g.agents.values())
     others = sum(len(runs) for g in groups for runs in g.excluded.values())
-    lead = [_plural(complete, "complete run")]
+    lead = [plural(complete, "complete run")]
     lead += [f"{others} not finished"] if others else []
     lead += [f"{len(broken)} unreadable"] if broken else []
-    css = files("clbench.report").joinpath("style.css").read_text()
     sections = "".join(_section(g, i, baseline) for i, g in enumerate(groups))
     body = (
         f'<h1>Benchmark report</h1><p class="lead">{", ".join(lead)}. Scores run from 0 (floor) to 1 (perfect). '
@@ -163,11 +103,7 @@ def page(groups: Sequence[Group], broken: Sequence[BrokenRun], baseline: str | N
         f"<footer>Written by clbench {escape(clbench.__version__)}. Formulas and sources of all metrics: docs/metrics.md."
         "</footer>"
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Benchmark report</title>'
-        f"<style>{css}</style></head><body><main>{body}</main></body></html>\n"
-    )
+    return document("Benchmark report", body)
 
 
 def _contents(groups: Sequence[Group]) -> str:
@@ -191,8 +127,8 @@ def _excluded(groups: Sequence[Group], broken: Sequence[BrokenRun]) -> str:
         return ""
     return (
         "<h3>Runs that are not averaged</h3>"
-        + _table(("Run directory", "What", "Why"), rows, text_columns=(1, 2))
-        + _caption("Runs that did not finish are counted as failures in the tables of their agent.")
+        + table(("Run directory", "What", "Why"), rows, text_columns=(1, 2))
+        + caption("Runs that did not finish are counted as failures in the tables of their agent.")
     )
 
 
@@ -229,7 +165,7 @@ def _description(group: Group) -> str:
         if cadence == 0 else "ten times per phase"
     )  # fmt: skip
     text = (
-        f"{summary}{_plural(len(group.tasks), 'task')}, {_plural(len(run.phases), 'phase')}, "
+        f"{summary}{plural(len(group.tasks), 'task')}, {plural(len(run.phases), 'phase')}, "
         f"{count_text(key['budget'])} {unit} in all; evaluated {evaluated}. "
         f"The agent is told {told.get(str(key['reveals']), str(key['reveals']))}."
     )
@@ -261,8 +197,8 @@ def _task_table(group: Group) -> str:
                 str(len(task["evaluation"]["seeds"])),
             )
         )
-    table = _table(("Task", "Environment", "Parameters", "Score", "Episodes"), rows, text_columns=(1, 2, 3))
-    return f"<details><summary>Tasks</summary>{table}</details>"
+    listing = table(("Task", "Environment", "Parameters", "Score", "Episodes"), rows, text_columns=(1, 2, 3))
+    return f"<details><summary>Tasks</summary>{listing}</details>"
 
 
 def _shorten(text: str, limit: int = 160) -> str:
@@ -277,14 +213,14 @@ def _metrics(group: Group) -> str:
     rows = []
     for label in group.labels:
         cells = [_metric_cell(group, label, m) for m in main]
-        rows.append((escape(label), _runs_cell(group, label), _interval_cell(final_iqm(group, label)), *cells))
+        rows.append((escape(label), _runs_cell(group, label), interval_cell(final_iqm(group, label)), *cells))
     header = ("Agent", "Runs", "Final score, IQM<br><span class='direction'>higher is better</span>",
               *(_metric_title(m) for m in main))  # fmt: skip
-    text = _caption(
+    text = caption(
         "Mean over seeds with the 95 % percentile-bootstrap interval (whole runs are resampled, 2000 times). IQM: mean of "
         f"the middle half of all run-task pairs. {escape(_transfer_note(group))}"
     )
-    return f"<h3>Metrics</h3>{_table(header, rows)}{text}{_more_metrics(group)}"
+    return f"<h3>Metrics</h3>{table(header, rows)}{text}{_more_metrics(group)}"
 
 
 def _metric_cell(group: Group, label: str, metric: str) -> str:
@@ -293,7 +229,7 @@ def _metric_cell(group: Group, label: str, metric: str) -> str:
     if metric == "forward_transfer" and interval.value is None and reasons:
         why = "no reference runs" if reasons[0].startswith("Forward transfer needs") else "not defined"
         return f'<td class="empty" title="{escape(reasons[0])}">\N{EN DASH}<span class="ci">{why}</span></td>'
-    return _interval_cell(interval, len(group.agents.get(label, ())))
+    return interval_cell(interval, len(group.agents.get(label, ())))
 
 
 def _defined(group: Group, metric: str) -> bool:
@@ -305,8 +241,8 @@ def _more_metrics(group: Group) -> str:
     if not more:
         return ""
     rows = [(escape(label), *(_metric_cell(group, label, m) for m in more)) for label in group.labels]
-    table = _table(("Agent", *(_metric_title(m) for m in more)), rows)
-    return f"<details><summary>More metrics</summary>{table}</details>"
+    values = table(("Agent", *(_metric_title(m) for m in more)), rows)
+    return f"<details><summary>More metrics</summary>{values}</details>"
 
 
 def _runs_cell(group: Group, label: str) -> str:
@@ -339,7 +275,7 @@ def _paired(group: Group, baseline: str | None) -> str:
     left_out = sorted({s for c in found for s in c.left_out})
     note = f" Left out for want of a partner: seed {', '.join(map(str, left_out))}." if left_out else ""
     header = ("Difference", "Seeds", "P(better final score)", *(TITLES[m] for m in shown))
-    return f"<h3>Paired differences</h3>{_table(header, rows)}" + _caption(
+    return f"<h3>Paired differences</h3>{table(header, rows)}" + caption(
         "First agent minus second on the same seeds (the same tasks, data and evaluation episodes), mean and 95 % "
         "interval. One that excludes 0 is a difference these seeds can tell. The probability is over pairs of runs, "
         f"averaged over tasks, ties counted half.{note}"
@@ -352,7 +288,7 @@ def _comparison_row(c: Comparison, shown: Sequence[str]) -> tuple[str, ...]:
         f"{escape(c.first)} \N{MINUS SIGN} {escape(c.second)}",
         str(len(c.seeds)),
         "\N{EN DASH}" if c.improvement is None else f"{c.improvement:.2f}",
-        *(_interval_cell(c.differences.get(m, empty), len(c.seeds)) for m in shown),
+        *(interval_cell(c.differences.get(m, empty), len(c.seeds)) for m in shown),
     )
 
 
@@ -370,7 +306,7 @@ def _curves(group: Group) -> str:
     }
     y = y_range([line for lines in per_task.values() for line in lines])
     charts = [
-        _figure(
+        figure(
             task,
             line_chart(
                 lines, x_max=x_max, y=y, bands=training_bands(runs, task), boundaries=ends, name=f"Score on {task}"
@@ -382,7 +318,7 @@ def _curves(group: Group) -> str:
     if len(group.tasks) > 1 and group.key["protocol"] != "independent":
         lines = [Line(label, color[label], mean_curves(rs)) for label, rs in group.agents.items()]
         chart = line_chart(lines, x_max=x_max, y=y, boundaries=ends, width=1120, height=210, name="Mean over all tasks")
-        average = _figure("Mean over all tasks", chart, class_="wide")
+        average = figure("Mean over all tasks", chart, class_="wide")
     legend = "".join(
         f'<span class="s{color[label]}"><i class="swatch"></i>{escape(label)}</span>' for label in group.agents
     )
@@ -395,15 +331,11 @@ def _curves(group: Group) -> str:
     return (
         f'<h3>Learning curves</h3><div class="legend">{legend}{band}</div>{average}'
         f'<div class="charts">{"".join(charts)}</div>'
-        + _caption(
+        + caption(
             f"Score against {unit} since the start ({short_number(x_max)} in all): mean over seeds, with the pointwise "
             f"95 % interval. {shade} Where the seeds were evaluated at different times, each is a line of its own."
         )
     )
-
-
-def _figure(title: str, content: str, class_: str = "") -> str:
-    return _tag("figure", f"<figcaption>{escape(title)}</figcaption>{content}", class_=class_)
 
 
 def _matrices(group: Group) -> str:
@@ -412,7 +344,7 @@ def _matrices(group: Group) -> str:
         shared = same_phases(runs)
         shown = runs if shared else runs[:1]
         note = (
-            _plural(len(runs), "seed")
+            plural(len(runs), "seed")
             if shared
             else f"seed {runs[0].seed} only: the order of tasks differs between seeds"
         )
@@ -420,7 +352,7 @@ def _matrices(group: Group) -> str:
         heat = _heat_map(mean_matrix(shown), shown[0])
         figures.append(f"<figure><figcaption>{title}</figcaption><div style='overflow-x:auto'>{heat}</div></figure>")
     wide = " wide" if max(len(r.tasks) for runs in group.agents.values() for r in runs) > 8 else ""
-    return f'<h3>Performance matrix</h3><div class="matrices{wide}">{"".join(figures)}</div>' + _caption(
+    return f'<h3>Performance matrix</h3><div class="matrices{wide}">{"".join(figures)}</div>' + caption(
         "Row: after which phase (the first row is before any training); column: evaluated task; cell: mean score. "
         "Outlined: the task that the phase trained. A dash: not evaluated."
     )
@@ -431,7 +363,7 @@ def _heat_map(r: np.ndarray, run: Run) -> str:
     common = os.path.commonprefix(run.tasks) if len(run.tasks) > 1 else ""
     common = common[: common.rfind("-") + 1]
     upright = ' class="upright"' if len(run.tasks) > 6 and max(map(len, run.tasks)) - len(common) > 5 else ""
-    head = _tag("th", escape(common and f"{common}\N{HORIZONTAL ELLIPSIS}"), scope="col")
+    head = tag("th", escape(common and f"{common}\N{HORIZONTAL ELLIPSIS}"), scope="col")
     head += "".join(f'<th scope="col"><span{upright}>{escape(t[len(common) :])}</span></th>' for t in run.tasks)
     rows = []
     for i, row in enumerate(r):
@@ -465,8 +397,8 @@ def _costs(group: Group) -> str:
     measured = [(f"time {k}", _time_title(k), lambda r, k=k: r.timing.get("wall_time_s", {}).get(k)) for k in times]
     measured += [("peak_memory_bytes", "Peak memory", lambda r: r.timing.get("peak_memory_bytes"))]
     return (
-        f"<h3>Costs</h3>{_cost_table(group, counted)}{_caption('Exact counts, mean per run.')}"
-        f"{_cost_table(group, measured)}{_caption('Measured, mean per run: compare only on the same, idle machine.')}"
+        f"<h3>Costs</h3>{_cost_table(group, counted)}{caption('Exact counts, mean per run.')}"
+        f"{_cost_table(group, measured)}{caption('Measured, mean per run: compare only on the same, idle machine.')}"
     )
 
 
@@ -478,7 +410,7 @@ def _cost_table(group: Group, columns: Sequence[tuple[str, str, Callable[[Run], 
         (escape(label), *(_cost_cell(key, [get(r) for r in members]) for key, _, get in known))
         for label, members in group.agents.items()
     ]
-    return _table(("Agent", *(escape(title) for _, title, _ in known)), rows)
+    return table(("Agent", *(escape(title) for _, title, _ in known)), rows)
 
 
 def _time_title(key: str) -> str:
@@ -503,7 +435,7 @@ def _pictures(group: Group) -> str:
     if figures := _picture_figures(group, "rollout.png", "Episodes"):
         parts.append(f'<h3>Episodes</h3><div class="pictures">{figures}</div>')
     if figures := _picture_figures(group, "planning.png", "Planning"):
-        caption = _caption(
+        text = caption(
             "Maps: mean squared latent distance of every free position (at rest) to the goal of episode 1 at its "
             "start, and the length of the shortest path over the grid; dark is near; their Spearman correlation. "
             "Episodes: the executed path (black), and plans made at the marked places (from dark, the first, to "
@@ -511,7 +443,7 @@ def _pictures(group: Group) -> str:
             "to it. Strip: the observation at that position for steps of the first plan of episode 1, above what "
             "happened at those steps, with planning anew on the way."
         )
-        parts.append(f'<h3>Planning</h3><div class="pictures wide">{figures}</div>{caption}')
+        parts.append(f'<h3>Planning</h3><div class="pictures wide">{figures}</div>{text}')
     return "".join(parts)
 
 
@@ -545,9 +477,9 @@ def _provenance(group: Group) -> str:
     commands = "\n".join(sorted(_command(r) for r in group.runs))
     return (
         "<details><summary>Settings, versions, commands</summary>"
-        + _table(("Agent", "Options", "Seeds"), options, text_columns=(1, 2))
-        + "<h3>Settings</h3>" + _table(("Setting", "Value"), settings, text_columns=(1,))
-        + "<h3>Versions and hardware</h3>" + _table(("", "Value"), rows, text_columns=(1,))
+        + table(("Agent", "Options", "Seeds"), options, text_columns=(1, 2))
+        + "<h3>Settings</h3>" + table(("Setting", "Value"), settings, text_columns=(1,))
+        + "<h3>Versions and hardware</h3>" + table(("", "Value"), rows, text_columns=(1,))
         + f"<h3>Commands</h3><pre>{escape(commands)}</pre></details>"
     )  # fmt: skip
 

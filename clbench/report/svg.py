@@ -17,11 +17,16 @@ MAX_BOUNDARIES = 40
 
 @dataclass(frozen=True)
 class Line:
-    """One agent's curves; ``color`` is the index of a series colour of the page."""
+    """One agent's curves; ``color`` is the index of a series colour of the page, ``style`` another class of the page.
+
+    ``dots`` marks the points of a curve.
+    """
 
     label: str
     color: int
     curves: Sequence[Curve]
+    style: str = ""
+    dots: bool = False
 
 
 def y_range(lines: Sequence[Line]) -> tuple[float, float]:
@@ -42,8 +47,12 @@ def line_chart(
     width: int = 360,
     height: int = 190,
     name: str,
+    x_ticks: Sequence[tuple[float, str]] | None = None,
 ) -> str:
-    """A chart of score over training. ``bands`` shade when the task was trained, ``boundaries`` are ends of phases."""
+    """A chart of score over training. ``bands`` shade when the task was trained, ``boundaries`` are ends of phases.
+
+    ``x_ticks`` are positions and labels for the x axis, in place of round numbers.
+    """
     x_max = max(x_max, 1.0)
     low, high = y
 
@@ -65,10 +74,12 @@ def line_chart(
     if len(boundaries) <= MAX_BOUNDARIES:
         for b in boundaries:
             parts.append(f'<line class="phase" x1="{px(b):.1f}" x2="{px(b):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-    for tick in ticks(0, x_max, max(2, width // 90)):
+    if x_ticks is None:
+        x_ticks = [(tick, short_number(tick)) for tick in ticks(0, x_max, max(2, width // 90))]
+    for tick, label in x_ticks:
         anchor = "end" if px(tick) > width - 20 else "middle"
         parts.append(
-            f'<text class="tick" x="{px(tick):.1f}" y="{height - 7}" text-anchor="{anchor}">{short_number(tick)}</text>'
+            f'<text class="tick" x="{px(tick):.1f}" y="{height - 7}" text-anchor="{anchor}">{escape(label)}</text>'
         )
     for line in lines:
         for curve in line.curves:
@@ -79,16 +90,16 @@ def line_chart(
 def _curve(line: Line, curve: Curve, px, py) -> str:
     xs = [px(float(s)) for s in curve.steps]
     points = [f"{x:.1f},{py(float(v)):.1f}" for x, v in zip(xs, curve.value, strict=True)]
-    result = [f'<g class="series s{line.color}"><title>{escape(line.label)}</title>']
+    style = f"series s{line.color} {line.style}".rstrip()
+    result = [f'<g class="{style}"><title>{escape(line.label)}</title>']
     if curve.low is not None and curve.high is not None:
         upper = [f"{x:.1f},{py(float(v)):.1f}" for x, v in zip(xs, curve.high, strict=True)]
         lower = [f"{x:.1f},{py(float(v)):.1f}" for x, v in zip(xs, curve.low, strict=True)]
         result.append(f'<polygon class="interval" points="{" ".join(upper + lower[::-1])}"/>')
-    if len(points) == 1:
-        x, y = points[0].split(",")
-        result.append(f'<circle class="dot" cx="{x}" cy="{y}" r="2.5"/>')
-    else:
+    if len(points) > 1:
         result.append(f'<polyline class="line" points="{" ".join(points)}"/>')
+    for x, y in (p.split(",") for p in (points if line.dots or len(points) == 1 else ())):
+        result.append(f'<circle class="dot" cx="{x}" cy="{y}" r="2.5"/>')
     return "".join([*result, "</g>"])
 
 

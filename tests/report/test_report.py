@@ -13,7 +13,7 @@ import pytest
 
 from clbench.errors import ConfigError, UnknownNameError
 from clbench.report import find_runs, report_markdown, write_report
-from clbench.report.html import bytes_text, count_text, number, seconds_text
+from clbench.report.elements import bytes_text, count_text, number, seconds_text
 from clbench.report.runs import BrokenRun, Run, group_runs, load_run
 from clbench.report.summary import (
     Interval,
