@@ -8,7 +8,6 @@ Clone the actions of the data, given a goal that the same trajectory reached lat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ class GCBC(GoalAgent):
     class Config(GoalConfig):
         """Options: see :class:`GoalConfig`."""
 
-        agent: ClassVar[str] = "gcbc"
+        agent = "gcbc"
 
     actor: Actor
 

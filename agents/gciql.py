@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class GCIQL(GoalAgent):
         alpha: float | None = None
         tau: float | None = None
         actor_loss: Literal["awr", "ddpg-bc"] | None = None
-        agent: ClassVar[str] = "gciql"
+        agent = "gciql"
 
     targets = {"target_critic": "critic"}
     value: Network

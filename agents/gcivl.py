@@ -11,7 +11,6 @@ target (r, m: reward and mask of the relabelled goal)::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ class GCIVL(GoalAgent):
         expectile: float | None = None
         alpha: float | None = None
         tau: float | None = None
-        agent: ClassVar[str] = "gcivl"
+        agent = "gcivl"
 
     targets = {"target_value": "value"}
     value: Network
@@ -72,7 +71,13 @@ class GCIVL(GoalAgent):
         advantage = next_a - v_a
         actor_loss = awr_loss(self.actor(batch.s, batch.g_a), batch.a, advantage, config.alpha)
         loss = value_loss + actor_loss
-        terms = {"loss": loss, "value_loss": value_loss, "actor_loss": actor_loss, "v": v.mean(), "adv": advantage.mean()}
+        terms = {
+            "loss": loss,
+            "value_loss": value_loss,
+            "actor_loss": actor_loss,
+            "v": v.mean(),
+            "adv": advantage.mean(),
+        }
         return loss, detached(terms)
 
     def policy(self, s: Input, g: Input, achieved: Input, *, rng: torch.Generator, temperature: float) -> Distribution:

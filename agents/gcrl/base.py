@@ -30,7 +30,9 @@ FIT_ROWS = 10_000  # from which the inputs are normalised
 
 Preset = Literal[
     "small", "ogbench", "pointmaze", "pointmaze-giant", "antmaze", "antmaze-giant", "antmaze-explore", "humanoidmaze",
-    "antsoccer", "manipulation-play", "manipulation-noisy", "powderworld", "two-rooms", "diverse-maze",
+    "antsoccer", "pointmaze-stitch", "pointmaze-giant-stitch", "antmaze-stitch", "antmaze-giant-stitch",
+    "humanoidmaze-stitch", "antsoccer-stitch", "manipulation-play", "manipulation-noisy", "powderworld", "two-rooms",
+    "diverse-maze",
 ]  # fmt: skip
 
 
@@ -44,7 +46,8 @@ class GoalBatch:
         a: actions as the networks take them: (B, A) scaled to [-1, 1], or (B,) classes from 0.
         at_goal: (B,) 1 where the value's goal is the state itself.
         achieved, achieved_next: the states as goals; the states themselves where both are of one space.
-        more: goals that only some agents draw, by name.
+        context: what a state has beside what is compared with goals.
+        more: what only some agents draw, by name.
     """
 
     s: Input
@@ -55,6 +58,7 @@ class GoalBatch:
     at_goal: Tensor
     achieved: Input
     achieved_next: Input
+    context: Input
     more: Mapping[str, Input]
 
     def __len__(self) -> int:
@@ -97,7 +101,7 @@ class GoalConfig:
     reset_optimizer: bool = True
     log_every: int = 50
 
-    agent: ClassVar[str]  # whose column of the table of presets
+    agent = ""  # whose column of the table of presets
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -119,7 +123,7 @@ class GoalConfig:
             raise ConfigError(f"tau must be in (0, 1], got {tau}.")
         if self.hidden is not None and (not self.hidden or min(self.hidden) < 1):
             raise ConfigError(f"hidden must hold at least one positive layer size, got {self.hidden}.")
-        self.value_sampling, self.actor_sampling  # noqa: B018  they check the probabilities
+        _ = self.value_sampling, self.actor_sampling  # they check the probabilities
 
     @property
     def value_sampling(self) -> GoalSampling:
@@ -149,7 +153,10 @@ class GoalAgent(Agent):
 
     requires = frozenset({"dataset", "goal"})
     targets: ClassVar[Mapping[str, str]] = {}  # target network -> network
-    Config = GoalConfig
+
+    @dataclass
+    class Config(GoalConfig):
+        """Options: see :class:`GoalConfig`."""
 
     def __init__(self, spaces: Spaces, config: Any, *, device: torch.device, rng: torch.Generator):
         super().__init__(spaces, config, device=device, rng=rng)
@@ -170,7 +177,7 @@ class GoalAgent(Agent):
 
     @property
     def name(self) -> str:
-        return self.Config.agent
+        return str(self.Config.agent)
 
     @property
     def actor_options(self) -> dict[str, Any]:
@@ -205,7 +212,9 @@ class GoalAgent(Agent):
         """``budget`` gradient updates on batches drawn with ``rng``."""
         data = experience.dataset
         if data is None:
-            raise ContractError(f"Agent {self.name!r} learns from a data set, but the experience of this phase has none.")
+            raise ContractError(
+                f"Agent {self.name!r} learns from a data set, but the experience of this phase has none."
+            )
         if not data.is_goal:
             raise DataError(
                 f"Agent {self.name!r} draws goals from what was achieved, but data set {data.name!r} has no achieved_goal; "
@@ -239,8 +248,8 @@ class GoalAgent(Agent):
         goals = {name: self.inputs.goal(values[rows]) for name, rows in more.items()}
         g_v, g_a = self.inputs.goal(values[value_goal]), self.inputs.goal(values[actor_goal])
         at_goal = (index == value_goal).to(torch.float32)
-        actions = self.encode_actions(data.actions[index])
-        return GoalBatch(s, s_next, g_v, g_a, actions, at_goal, achieved, achieved_next, goals)
+        actions, context = self.encode_actions(data.actions[index]), self.inputs.context(obs)
+        return GoalBatch(s, s_next, g_v, g_a, actions, at_goal, achieved, achieved_next, context, goals)
 
     def update(self, batch: GoalBatch) -> dict[str, Tensor]:
         """One step of Adam on ``loss``."""
@@ -257,7 +266,7 @@ class GoalAgent(Agent):
     def update_targets(self) -> None:
         """``target <- (1 - tau) target + tau online``."""
         for target, source in self.targets.items():
-            old, new = (list(self.networks[name].parameters()) for name in (target, source))
+            old, new = (tuple(self.networks[name].parameters()) for name in (target, source))
             torch._foreach_lerp_(old, new, self.config.tau)
 
     def _new_optimizer(self) -> torch.optim.Adam:
@@ -320,8 +329,6 @@ class GoalAgent(Agent):
         return count_parameters(self.networks) + sum(
             p.numel() for t in self.targets for p in self.networks[t].parameters()
         )
-
-
 
 
 def check_extraction(agent: GoalAgent) -> None:

@@ -94,6 +94,7 @@ class Inputs(nn.Module):
         extra = sorted(k for k in spaces if k not in GOAL_KEYS)
         self.same = not extra and spaces["observation"] == spaces["desired_goal"]
         self.state_keys = ["observation", *extra]
+        self.context_keys = ([] if spaces["observation"] == spaces["desired_goal"] else ["observation"]) + extra
         self.images = {k: shape for k in spaces if (shape := image_shape(spaces[k])) is not None}
         self.last = {k for k in self.images if channels_last(spaces[k])}  # type: ignore[arg-type]
         kinds = ["observation" if self.same else "desired_goal", *self.state_keys]
@@ -118,6 +119,10 @@ class Inputs(nn.Module):
     def goal_shape(self) -> Shape:
         return self._shape([self._goal_key])
 
+    @property
+    def context_shape(self) -> Shape:
+        return self._shape(self.context_keys)
+
     def fit(self, observations: Mapping[str, Tensor]) -> None:
         """Fit centres and scales to rows of the training data; of the goal, to what was achieved."""
         for key, transform in self.transforms.items():
@@ -126,8 +131,15 @@ class Inputs(nn.Module):
 
     def state(self, obs: Mapping[str, Tensor]) -> Input:
         """Observations, (B, ...) each -> states."""
-        flats = [self.transforms[k](obs[k]) for k in self.state_keys if k in self.transforms]
-        images = [self._channels_first(k, obs[k]) for k in self.state_keys if k in self.images]
+        return self._join(obs, self.state_keys)
+
+    def context(self, obs: Mapping[str, Tensor]) -> Input:
+        """What a state has beside its part that is compared with goals (velocities); without numbers where ``same``."""
+        return self._join(obs, self.context_keys)
+
+    def _join(self, obs: Mapping[str, Tensor], keys: Sequence[str]) -> Input:
+        flats = [self.transforms[k](obs[k]) for k in keys if k in self.transforms]
+        images = [self._channels_first(k, obs[k]) for k in keys if k in self.images]
         return Input(
             (flats[0] if len(flats) == 1 else torch.cat(flats, 1)) if flats else None,
             (images[0] if len(images) == 1 else torch.cat(images, 1)) if images else None,

@@ -15,8 +15,8 @@ from typing import Any
 Values = Mapping[str, Any]
 
 REFERENCE: Values = {
-    "hidden": (512, 512, 512), "lr": 3e-4, "batch_size": 1024, "discount": 0.99, "tau": 0.005, "normalise": False, "learn_std": False,
-    "actor_p_trajectory": 1.0, "actor_p_random": 0.0,
+    "hidden": (512, 512, 512), "lr": 3e-4, "batch_size": 1024, "discount": 0.99, "tau": 0.005, "normalise": False,
+    "learn_std": False, "actor_p_trajectory": 1.0, "actor_p_random": 0.0,
 }  # fmt: skip
 MIXED: Values = {
     "value_p_current": 0.2, "value_p_trajectory": 0.5, "value_p_random": 0.3, "value_geometric": True
@@ -50,15 +50,26 @@ PIXELS: Values = {"batch_size": 256, "low_actor_rep_grad": True}
 AWR3: Values = {"alpha": 3.0, "actor_loss": "awr"}
 
 
-def _alphas(gcivl: float, gciql: float, qrl: float, crl: float, high: float, low: float, steps: int) -> dict[str, Values]:
+def _alphas(
+    gcivl: float, gciql: float, qrl: float, crl: float, high: float, low: float, steps: int
+) -> dict[str, Values]:
     return {
         "gcivl": {"alpha": gcivl}, "gciql": {"alpha": gciql}, "qrl": {"alpha": qrl}, "crl": {"alpha": crl},
         "hiql": {"high_alpha": high, "low_alpha": low, "subgoal_steps": steps},
     }  # fmt: skip
 
 
+def _actor_goals(trajectory: float, family: Mapping[str, Values]) -> dict[str, Values]:
+    """The same, with the actor's goals of the trajectory with that probability, else of anywhere; not for cloning."""
+    share = {"actor_p_trajectory": trajectory, "actor_p_random": 1 - trajectory}
+    own = {"actor_p_trajectory": 1.0, "actor_p_random": 0.0}
+    return {**family, "": {**family.get("", {}), **share}, "gcbc": {**family.get("gcbc", {}), **own}}
+
+
 POINTMAZE = _alphas(10, 0.003, 0.0003, 0.03, 3, 3, 25)
 ANTMAZE = _alphas(10, 0.3, 0.003, 0.1, 3, 3, 25)
+HUMANOID = {"": GIANT, **_alphas(10, 0.1, 0.001, 0.1, 3, 3, 100)}
+ANTSOCCER = _alphas(10, 0.1, 0.003, 0.3, 3, 3, 25)
 SMALL: Values = {
     "hidden": (128, 128, 128), "lr": 1e-3, "batch_size": 256, "discount": 0.98, "tau": 0.02, "normalise": True
 }  # fmt: skip
@@ -74,9 +85,15 @@ PRESETS: Mapping[str, Mapping[str, Values]] = {
     "pointmaze-giant": {"": GIANT, **POINTMAZE},
     "antmaze": ANTMAZE,
     "antmaze-giant": {"": GIANT, **ANTMAZE},
-    "antmaze-explore": {"": {"actor_p_trajectory": 0.0, "actor_p_random": 1.0}, **_alphas(10, 0.01, 0.001, 0.003, 10, 10, 25)},
-    "humanoidmaze": {"": GIANT, **_alphas(10, 0.1, 0.001, 0.1, 3, 3, 100)},
-    "antsoccer": _alphas(10, 0.1, 0.003, 0.3, 3, 3, 25),
+    "antmaze-explore": _actor_goals(0.0, _alphas(10, 0.01, 0.001, 0.003, 10, 10, 25)),
+    "humanoidmaze": HUMANOID,
+    "antsoccer": ANTSOCCER,
+    "pointmaze-stitch": _actor_goals(0.5, POINTMAZE),
+    "pointmaze-giant-stitch": _actor_goals(0.5, {"": GIANT, **POINTMAZE}),
+    "antmaze-stitch": _actor_goals(0.5, ANTMAZE),
+    "antmaze-giant-stitch": _actor_goals(0.5, {"": GIANT, **ANTMAZE}),
+    "humanoidmaze-stitch": _actor_goals(0.5, HUMANOID),
+    "antsoccer-stitch": _actor_goals(0.5, ANTSOCCER),
     "manipulation-play": _alphas(10, 1, 0.3, 3, 3, 3, 10),
     "manipulation-noisy": _alphas(10, 0.03, 0.03, 0.1, 3, 3, 10),
     "powderworld": {

@@ -1,8 +1,8 @@
 """Golden cases: one batch, all parameters, and what the reference implementation computed from them.
 
 A folder holds ``index.json`` (a list of ``{"file", "agent", "config", ...}``) and one ``.npz`` per case with the keys
-``batch/*``, ``params/*``, ``total_loss``, ``grads/*``, ``params_after1/*``, ``params_after5/*`` (after steps of Adam on the same
-batch) and ``greedy_actions``. Kernels are (in, out), ensembles have a leading axis; names are those of Flax modules.
+``batch/*``, ``params/*``, ``total_loss``, ``grads/*``, ``params_after1/*``, ``params_after5/*`` (after steps of Adam on
+the same batch) and ``greedy_actions``. Kernels are (in, out), ensembles have a leading axis; names are those of Flax.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ LOSS, GRADIENTS, PARAMETERS = 1e-5, 1e-4, 2e-6  # tolerances
 
 # option of the reference -> ours; anything else of the same name is taken over, where the agent has it
 OPTIONS = {
-    "eps": "epsilon", "quasimetric_type": "quasimetric", "skill_temperature": "alpha", "value_p_curgoal": "value_p_current",
-    "value_p_trajgoal": "value_p_trajectory", "value_p_randomgoal": "value_p_random", "value_geom_sample": "value_geometric",
+    "eps": "epsilon", "quasimetric_type": "quasimetric", "skill_temperature": "alpha",
+    "value_p_curgoal": "value_p_current", "value_p_trajgoal": "value_p_trajectory",
+    "value_p_randomgoal": "value_p_random", "value_geom_sample": "value_geometric",
     "actor_p_trajgoal": "actor_p_trajectory", "actor_p_randomgoal": "actor_p_random",
 }  # fmt: skip
 GROUP = 8  # coordinates of an interval quasimetric embedding that form a group
@@ -42,8 +43,8 @@ NETWORKS: Mapping[str, Mapping[str, str]] = {
         "modules_target_value/value_net": "target_value.mlp", "modules_target_critic/value_net": "target_critic.mlp",
     },
     "crl": {
-        "modules_critic/phi": "critic_phi.mlp", "modules_critic/psi": "critic_psi.mlp", "modules_value/phi": "value_phi.mlp",
-        "modules_value/psi": "value_psi.mlp",
+        "modules_critic/phi": "critic_phi.mlp", "modules_critic/psi": "critic_psi.mlp",
+        "modules_value/phi": "value_phi.mlp", "modules_value/psi": "value_psi.mlp",
     },
     "qrl": {"modules_value/phi": "phi.mlp", "modules_dynamics": "dynamics.mlp"},
     "hiql": {
@@ -53,7 +54,7 @@ NETWORKS: Mapping[str, Mapping[str, str]] = {
     "hilp": {
         "networks_value/phi": "phi.mlp", "networks_target_value/phi": "target_phi.mlp",
         "networks_skill_value": "skill_value.mlp", "networks_skill_critic": "skill_critic.mlp",
-        "networks_target_skill_critic": "target_skill_critic.mlp", "networks_skill_actor": "skill_actor.net.mlp",
+        "networks_skill_target_critic": "target_skill_critic.mlp", "networks_skill_actor": "skill_actor.net.mlp",
     },
 }  # fmt: skip
 SCALARS = {
@@ -62,7 +63,8 @@ SCALARS = {
     "modules_value/alpha/value": "quasimetric.alpha", "modules_lam/log_value": "multiplier.log_value",
 }  # fmt: skip
 KINDS = {
-    ("Dense", "kernel"): "kernels", ("Dense", "bias"): "biases", ("LayerNorm", "scale"): "scales", ("LayerNorm", "bias"): "shifts",
+    ("Dense", "kernel"): "kernels", ("Dense", "bias"): "biases",
+    ("LayerNorm", "scale"): "scales", ("LayerNorm", "bias"): "shifts",
 }  # fmt: skip
 
 
@@ -172,7 +174,7 @@ def make_agent(case: Case, agent_class: type[GoalAgent] | None = None) -> GoalAg
     action: Any = Box(-1, 1, (batch["actions"].shape[-1],), np.float32)
     if given.get("discrete"):
         action = Discrete(_classes(case))
-    spaces = Spaces(Dict({k: goal for k in ("observation", "achieved_goal", "desired_goal")}), action)
+    spaces = Spaces(Dict(dict.fromkeys(("observation", "achieved_goal", "desired_goal"), goal)), action)
     rng = torch.Generator().manual_seed(0)
     return cls(spaces, build(cls.Config, options, where=f"case {case.name}"), device=torch.device("cpu"), rng=rng)
 
@@ -195,7 +197,9 @@ def make_batch(case: Case) -> GoalBatch:
     actions = arrays["actions"] if arrays["actions"].is_floating_point() else arrays["actions"].to(torch.int64)
     more = {k: Input(v) for k, v in arrays.items() if k.startswith(("low_", "high_", "skills"))}
     at_goal = 1 - arrays["masks"]
-    return GoalBatch(s, s_next, given("value_goals"), given("actor_goals"), actions, at_goal, s, s_next, more)
+    return GoalBatch(
+        s, s_next, given("value_goals"), given("actor_goals"), actions, at_goal, s, s_next, Input(None), more
+    )
 
 
 def locate(agent: GoalAgent, name: str) -> tuple[str, bool]:
