@@ -264,7 +264,7 @@ def _overall(content: Content) -> str:
         "pointwise 95 % interval; a curve that lies above another everywhere is better everywhere."
     )
     return (
-        f"<h2>Over all data sets</h2>{table(('Agent', 'Seeds', 'IQM of success'), rows)}{_profile(content)}"
+        f"<h2>Over all data sets</h2>{table(('Agent', 'Seeds', 'IQM of success'), rows, text_columns=(1,))}{_profile(content)}"
         f"{_note(content, text)}{_improvement(content, wins)}"
     )
 
@@ -280,8 +280,8 @@ def _profile(content: Content) -> str:
             lines.append(Line(agent, i % COLORS, [Curve(x, np.array(found["profile"]), low, high)]))
     if not lines:
         return ""
-    chart = line_chart(lines, x_max=1.0, y=(0.0, 1.0), width=760, height=260, name="Performance profile")
-    return _legend(content) + figure("Share of (run, data set) pairs with a success above the threshold", chart)
+    chart = line_chart(lines, x_max=1.0, y=(0.0, 1.0), width=1120, height=240, name="Performance profile")
+    return _legend(content) + figure("Share of (run, data set) pairs with a success above the threshold", chart, "wide")
 
 
 def _improvement(content: Content, wins: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
