@@ -85,9 +85,10 @@ def paired(name: str, first: str, a: Scores, second: str, b: Scores) -> dict[str
         {s: float(b[s].mean()) for s in seeds},
         _rng("seeds", name, first, second),
     )
-    over_episodes = episode_difference(
-        np.stack([a[s] for s in seeds]), np.stack([b[s] for s in seeds]), _rng("episodes", name, first, second)
-    )
+    over_episodes = Interval(None, None, None, len(a[seeds[0]]))
+    if len({len(a[s]) for s in seeds}) == 1:  # a stream may give another number of episodes to another seed
+        x, y = (np.stack([side[s] for s in seeds]) for side in (a, b))
+        over_episodes = episode_difference(x, y, _rng("episodes", name, first, second))
     return {
         "first": first, "second": second, "seeds": seeds, "left_out": sorted(a.keys() ^ b.keys()),
         "value": over_seeds.value, "low": over_seeds.low, "high": over_seeds.high, "episodes": over_episodes.n,
