@@ -96,7 +96,7 @@ class Maze:
         at = (position + ORIGIN) / UNIT
         face = at.round()
         offset = position - (UNIT * face - ORIGIN)  # from the nearest faces
-        side = torch.where(offset >= 0, 1.0, -1.0)
+        side = torch.where(offset >= 0, 1.0, -1.0).to(offset.dtype)
         (x, y), (beside_x, beside_y) = (
             (face - (side < 0).to(face.dtype)).to(torch.int64),
             (face - (side > 0).to(face.dtype)).to(torch.int64),
@@ -108,7 +108,8 @@ class Maze:
         pushed = torch.where(~inside & beside, side * offset.abs().clamp(min=RADIUS), offset)
         distance = (offset[0] ** 2 + offset[1] ** 2).sqrt()
         corner = self.is_wall(beside_x, beside_y) & ~inside & ~beside.any(0) & (distance < RADIUS)
-        pushed = torch.where(corner, offset * (RADIUS / distance.clamp(min=1e-9)), pushed)
+        away = torch.where(distance > 0, offset / distance, side / math.sqrt(2))  # exactly on the corner: diagonally
+        pushed = torch.where(corner, RADIUS * away, pushed)
         pushed = torch.where(leaves, -side * RADIUS, pushed)
         return position + (pushed - offset)
 

@@ -163,3 +163,56 @@ def test_names_are_listed_without_torch() -> None:
 def test_wrong_ids(identifier: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         load_dataset(identifier)
+
+
+# -- OGBench's point mazes ------------------------------------------------------------------------------------------------
+
+
+def test_walks_of_ogbench_by_name() -> None:
+    name = "ogbench-maze/medium-navigate-v0"
+    data = load_dataset(f"{name}?trajectories=5&step_size=0.5")
+    assert len(data) == 5000 and (data.lengths == 1000).all()
+    assert data.metadata["step_size"] == 0.5 and data.metadata["kind"] == "navigate"
+    more = load_dataset(f"{name}?trajectories=8&step_size=0.5")
+    assert torch.equal(data.actions, more.actions[:5000])  # a small set is the beginning of a large one
+    assert not torch.equal(data.actions, load_dataset(f"{name}?trajectories=5").actions)  # negative controls
+    assert not torch.equal(data.actions, load_dataset(f"{name}?trajectories=5&step_size=0.5&seed=1").actions)
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [("giant-navigate", 2000), ("giant-stitch", 200), ("teleport-stitch", 200), ("large-navigate", 1000)],
+)
+def test_lengths_of_ogbench(name: str, lengths: int) -> None:
+    recipe = RECIPES[f"ogbench-maze/{name}-v0"]
+    assert recipe.settings["transitions"] == 1_000_000
+    assert load_dataset(f"{recipe.name}?trajectories=3").lengths.tolist() == [lengths] * 3
+
+
+def test_wrong_options_of_ogbench() -> None:
+    with pytest.raises(ConfigError, match=r"step_size must be in \(0, 0.5\]"):
+        load_dataset("ogbench-maze/medium-stitch-v0?step_size=2&trajectories=2")
+    with pytest.raises(UnknownNameError, match="Did you mean 'trajectories'"):
+        load_dataset("ogbench-maze/medium-stitch-v0?trajectory=2")
+
+
+# -- layouts as observations ---------------------------------------------------------------------------------------------
+
+
+def test_layouts_are_added_to_the_cached_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "point-maze/5-layouts-v0"
+    recipe = RECIPES[name]
+    small = type(recipe)(name, "", recipe.family, {**recipe.settings, "transitions": 1050})
+    monkeypatch.setitem(RECIPES, name, small)
+    state, layout = load_dataset(name), load_dataset(f"{name}?observation=layout")
+    assert torch.equal(state.observations["observation"], layout.observations["observation"])
+    assert torch.equal(state.actions, layout.actions)
+    bits = layout.observations["layout"]
+    assert bits.shape == (1050, 16) and bits.dtype == torch.float32
+    texts = [recipe_text.replace("/", "") for recipe_text in layout.metadata["layouts"]]
+    expected = torch.tensor([[float(letter == "#") for letter in text] for text in texts])
+    assert torch.equal(bits, expected[layout.episode % 5])
+    assert torch.equal(layout.final_observations["layout"], expected[torch.arange(11) % 5])
+    assert layout.metadata == {**state.metadata, "observation": "layout"}
+    assert published.kept_at(name) == published.kept_at(f"{name}?observation=layout")
+    assert published.kept_at(name) != published.kept_at(f"{name}?observation=pixels")  # negative control

@@ -28,6 +28,7 @@ from clbench.envs.point_maze import (
 )
 from clbench.errors import ConfigError, ContractError, DataError
 from clbench.streams.maze_layouts import PUBLISHED, all_layouts, far_pairs, layout_code, path_lengths, with_ring
+from clbench.testing import check_env as conforms
 
 M0, M1, M2 = PUBLISHED[:3]
 OPEN = "OOOO/OOOO/OOOO/OOOO"
@@ -493,6 +494,58 @@ def test_bad_states():
 def test_single_env_rejects_unknown_render_modes():
     with pytest.raises(ConfigError, match="render_mode"):
         PointMazeEnv(render_mode="human")
+
+
+# -- controllers, layouts as observations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("observation", ["state", "layout"])
+def test_the_oracle_solves_every_layout(observation):
+    layouts = all_layouts()[::7]
+    env = PointMazeVectorEnv(len(layouts), autoreset="disabled", layout=layouts, observation=observation)
+    shares = {}
+    for controller in ("oracle_actions", "straight_line_actions"):
+        env.reset(seed=0)
+        reached = torch.zeros(len(layouts), dtype=torch.bool)
+        for _ in range(200):
+            action = getattr(env, controller)()
+            assert action.abs().max() <= 1
+            reached |= env.step(action)[4]["is_success"]
+        shares[controller] = float(reached.double().mean())
+    assert shares["oracle_actions"] == 1
+    assert 0 < shares["straight_line_actions"] < 0.8  # negative control
+
+
+def test_the_oracle_follows_layouts_of_a_reset():
+    env = PointMazeVectorEnv(2, autoreset="disabled", layout=OPEN)
+    places = {"start": [[1.5, 1.5]] * 2, "goal": [[3.5, 3.5]] * 2}
+    env.reset(seed=0, options=places)
+    before = env.oracle_actions()
+    env.reset(seed=0, options={"layout": [M0, OPEN], **places})
+    assert torch.equal(env.oracle_actions()[1], before[1]) and not torch.equal(env.oracle_actions()[0], before[0])
+
+
+def test_layouts_are_observed():
+    env = PointMazeVectorEnv(3, observation="layout", layout=[M0, M1, M2], max_episode_steps=2)
+    plain = PointMazeVectorEnv(3, layout=[M0, M1, M2], max_episode_steps=2)
+
+    def walls(texts):
+        return torch.tensor([[float(letter == "#") for letter in text.replace("/", "")] for text in texts])
+
+    obs, _ = env.reset(seed=0)
+    assert torch.equal(obs["layout"], walls([M0, M1, M2]))
+    assert env.observation_space.contains({k: v.numpy() for k, v in obs.items()})
+    obs, _ = env.reset(seed=0, options={"layout": [OPEN, M0, M1]})
+    expected, _ = plain.reset(seed=0, options={"layout": [OPEN, M0, M1]})
+    assert all(torch.equal(obs[k], v) for k, v in expected.items()) and set(obs) - set(expected) == {"layout"}
+    assert torch.equal(obs["layout"], walls([OPEN, M0, M1]))
+    for _ in range(2):
+        obs, *_, info = env.step(torch.zeros(3, 2))
+    assert torch.equal(info["final_obs"]["layout"], walls([OPEN, M0, M1]))
+    assert torch.equal(obs["layout"], walls([M0, M1, M2]))  # new episodes are on the rows' own layouts
+    grid = env.goal_grid(1)
+    assert torch.equal(grid.observations["layout"], walls([M1]).expand(len(grid.positions), -1))
+    conforms("clbench/PointMaze-v0", observation="layout", max_episode_steps=20).raise_if_failed()
 
 
 # -- GPU --------------------------------------------------------------------------------------------------------------

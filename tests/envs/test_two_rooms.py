@@ -697,3 +697,48 @@ def test_hindsight_replay_of_stable_baselines3_runs():
     near = (batch.next_observations["achieved_goal"] - batch.observations["desired_goal"]).norm(dim=1) < math.sqrt(2)
     assert near.any()
     assert torch.equal(batch.rewards[:, 0], near.float() - 1)
+
+
+# -- controllers ------------------------------------------------------------------------------------------------------
+
+
+def controlled(env, controller, steps=200):
+    """Which rows reach their goals, and whether an action ever leaves the action space."""
+    reached, bounded = torch.zeros(env.num_envs, dtype=torch.bool), True
+    for _ in range(steps):
+        action = getattr(env, controller)()
+        bounded &= bool((action.abs() <= 1.8 + 1e-6).all()) and action.shape == (env.num_envs, 2)
+        reached |= env.step(action)[4]["is_success"]
+    return reached, bounded
+
+
+@pytest.mark.parametrize("collision", ["stop", "noisy", "cancel"])
+def test_the_oracle_goes_through_the_door(collision):
+    rows = 300
+    u = torch.rand(rows, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    walls, doors = 20 + 24.9 * u[:, 0], 10 + 44.9 * u[:, 1]
+    env = TwoRoomsVectorEnv(
+        rows, autoreset="disabled", wall_x=walls.tolist(), door_y=doors.tolist(), collision=collision
+    )
+    env.reset(seed=1)
+    reached, bounded = controlled(env, "oracle_actions")
+    assert reached.all() and bounded
+    env.reset(seed=1)
+    reached, bounded = controlled(env, "straight_line_actions")  # negative control
+    assert 0 < reached.double().mean() < 0.6 and bounded
+
+
+def test_the_oracle_within_a_room_and_from_the_door():
+    env = TwoRoomsVectorEnv(4, autoreset="disabled")  # wall 32, door 10
+    start = [[10.0, 50.0], [32.0, 12.0], [10.0, 50.0], [31.0, 14.0]]
+    env.reset(seed=0, options={"start": start, "goal": [[25.0, 20.0], [50.0, 50.0], [32.0, 9.0], [10.0, 55.0]]})
+    assert torch.equal(env.oracle_actions()[0], env.straight_line_actions()[0])
+    assert controlled(env, "oracle_actions")[0].all()
+    env.reset(seed=0, options={"start": [[25.0, 20.0]] * 4, "goal": [[25.5, 20.0]] * 4})
+    assert torch.allclose(env.oracle_actions(), torch.tensor([[0.5, 0.0]] * 4))  # not beyond the goal
+
+
+def test_controllers_rest_at_the_goal():
+    env = TwoRoomsVectorEnv(1, autoreset="disabled", terminate_on_success=False)
+    env.reset(options={"start": [[20.0, 20.0]], "goal": [[20.0, 20.0]]})
+    assert env.oracle_actions().tolist() == env.straight_line_actions().tolist() == [[0.0, 0.0]]

@@ -489,3 +489,8 @@ def test_bad_reset_options_and_actions():
     env.reset(seed=0)
     with pytest.raises(ContractError, match="not finite"):
         env.step(torch.tensor([[math.nan, 0.0]]))
+
+
+def test_there_is_no_controller_towards_a_chaser():
+    env = TwoRoomsChaseVectorEnv(1)
+    assert env.oracle_actions is None and env.straight_line_actions is None

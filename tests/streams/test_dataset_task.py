@@ -108,3 +108,59 @@ def test_mazes_are_evaluated_on_held_out_layouts(name: str) -> None:
 def test_wrong_names(name: str, options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make_stream(name, options=options)
+
+
+# -- OGBench's point mazes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n, recipe in RECIPES.items() if recipe.family == "ogbench-maze"])
+def test_ogbench_mazes_have_their_five_tasks(name: str) -> None:
+    maze = RECIPES[name].settings["maze"]
+    (task,) = make_stream(name).tasks
+    assert (task.name, task.env_id, task.dataset_id) == (maze, "clbench/OGBenchPointMaze-v0", name)
+    assert task.env_kwargs == {"maze": maze, "step_size": 0.2, "max_episode_steps": 1000}
+    assert len(task.evaluation) == 250 and set(task.evaluation.options) == {"start", "goal"}
+    assert make_stream(name, seed=3).tasks == (task,)
+
+
+def test_the_small_protocol_of_ogbench() -> None:
+    name = "ogbench-maze/medium-navigate-v0"
+    options = {"trajectories": 100, "step_size": 0.5, "max_steps": 400, "episodes": 50}
+    (task,) = make_stream(name, options=options).tasks
+    assert task.dataset_id == f"{name}?step_size=0.5&trajectories=100"
+    assert task.env_kwargs == {"maze": "medium", "step_size": 0.5, "max_episode_steps": 400}
+    full = make_stream(name).tasks[0].evaluation
+    assert task.evaluation.seeds == full.seeds[:50] and task.evaluation.options["goal"] == full.options["goal"][:50]
+    assert (
+        make_stream(f"{name}?seed=2", options=options)
+        .tasks[0]
+        .dataset_id.endswith("?seed=2&step_size=0.5&trajectories=100")
+    )
+    with pytest.raises(ConfigError, match="episodes must be at least 1"):
+        make_stream(name, options={"episodes": 0})
+
+
+def test_a_run_on_ogbench(tmp_path: Path) -> None:
+    options = {"trajectories": 2, "step_size": 0.5, "max_steps": 3, "episodes": 5}
+    result = clbench.run(
+        "ogbench-maze/large-stitch-v0", "bc", budget=2, out=tmp_path / "run", stream_options=options, tensorboard=False
+    )
+    assert result.results["status"] == "complete" and result.results["tasks"] == ["large"]
+
+
+# -- PointMaze: layouts as observations, other trials --------------------------------------------------------------------
+
+
+def test_trials_of_point_maze_can_be_chosen() -> None:
+    from clbench.streams.maze_layouts import bucket_trials
+
+    name = "point-maze/5-layouts-v0"
+    for distance in (0, 8):
+        options = {"trials": f"distance-{distance}", "observation": "layout", "episodes": 12}
+        (task,) = make_stream(name, options=options).tasks
+        assert task.evaluation == bucket_trials(distance).head(12) and task.name == f"distance-{distance}-layouts"
+        assert task.dataset_id == f"{name}?observation=layout" and task.env_kwargs == {"observation": "layout"}
+    with pytest.raises(UnknownNameError, match="Did you mean 'distance-8'"):
+        make_stream(name, options={"trials": "distance-9"})
+    with pytest.raises(ConfigError, match="episodes must be from 1 to 20"):
+        make_stream(name, options={"trials": "distance-1", "episodes": 21})
