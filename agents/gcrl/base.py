@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clbench.agents.gcrl.networks import Distribution, Input, Inputs, action_size
+from clbench.agents.gcrl.networks import SIGN, Distribution, Input, Inputs, action_size
 from clbench.agents.gcrl.presets import PRESETS, preset_of
 from clbench.agents.networks.encoders import Scale
 from clbench.agents.networks.mlp import count_parameters
@@ -153,6 +153,7 @@ class GoalAgent(Agent):
 
     requires = frozenset({"dataset", "goal"})
     targets: ClassVar[Mapping[str, str]] = {}  # target network -> network
+    avoids: ClassVar[bool] = False  # whether ``policy`` takes ``sign`` (B, 1): -1 where the goal is to be avoided
 
     @dataclass
     class Config(GoalConfig):
@@ -163,6 +164,11 @@ class GoalAgent(Agent):
         self.config: Any = config  # resolved: nothing is None
         if not isinstance(spaces.action, Box | Discrete):
             raise ConfigError(f"Agent {self.name!r} needs Box or Discrete actions, got {spaces.action}.")
+        if isinstance(spaces.observation, Dict) and SIGN in spaces.observation.spaces and not self.avoids:
+            raise ConfigError(
+                f"Agent {self.name!r} can only reach goals, but observations have the key {SIGN!r}: some goals are to be "
+                "avoided. Use hilp, hilp-zero-shot or pldm."
+            )
         self.discrete = isinstance(spaces.action, Discrete)
         self.action_size = action_size(spaces.action)
         self.inputs = Inputs(spaces.observation).to(device)
@@ -294,7 +300,8 @@ class GoalAgent(Agent):
         """The mean or most likely action, or with ``explore`` one drawn from the policy."""
         s, g = self.inputs.state(obs), self.inputs.goal(obs["desired_goal"])
         achieved = s if self.inputs.same else self.inputs.goal(obs["achieved_goal"])
-        policy = self.policy(s, g, achieved, rng=rng, temperature=1.0 if explore else 0.0)
+        sign = {"sign": obs[SIGN].reshape(-1, 1).to(torch.float32)} if self.avoids and SIGN in obs else {}
+        policy = self.policy(s, g, achieved, rng=rng, temperature=1.0 if explore else 0.0, **sign)
         action = policy.sample(rng) if explore else policy.mode
         if self.scale is None:
             return action + self._start, memory

@@ -23,6 +23,7 @@ from clbench.errors import ConfigError
 
 LAYER_NORM_EPS = 1e-6
 GOAL_KEYS = ("observation", "achieved_goal", "desired_goal")
+SIGN = "goal_sign"  # an environment may say by this key, per row, whether its goal is to be reached (1) or avoided (-1)
 
 
 # -- inputs --------------------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ class Inputs(nn.Module):
 
     The state is ``observation`` and any further keys (such as ``velocity``), the goal is ``desired_goal``. Where states
     and goals are of one space (``same``), as in OGBench, both go through the same transform. Where they are not, what is
-    compared with a goal is ``achieved_goal``.
+    compared with a goal is ``achieved_goal``. ``goal_sign`` says what to do with the goal, and is no part of the state.
 
     Raises:
         ConfigError: a space that is not supported.
@@ -90,7 +91,7 @@ class Inputs(nn.Module):
         super().__init__()
         if not isinstance(space, Dict) or any(key not in space.spaces for key in GOAL_KEYS):
             raise ConfigError(f"Goal-conditioned agents need observations with the keys {GOAL_KEYS}, got {space}.")
-        spaces = space.spaces
+        spaces = {k: v for k, v in space.spaces.items() if k != SIGN}
         extra = sorted(k for k in spaces if k not in GOAL_KEYS)
         self.same = not extra and spaces["observation"] == spaces["desired_goal"]
         self.state_keys = ["observation", *extra]
