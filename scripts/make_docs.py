@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- begin ([\w.\- ]+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
 STATISTICS = ("action_sd", "door_passing", "blocked", "pair_distance", "in_walls")
 TRANSITIONS = 360_000  # per row of the table of data statistics
+EPISODES = 250  # per controller and maze
 
 
 def pages(root: Path = ROOT) -> list[Path]:
@@ -252,9 +253,43 @@ def point_maze_statistics() -> str:
     return head + table(("`layouts`", *(f"`{k}`" for k in columns)), rows)
 
 
-def point_maze_physics() -> str | None:
-    """What scripts/check_point_maze_physics.py prints; ``None`` without MuJoCo."""
-    path = ROOT / "scripts" / "check_point_maze_physics.py"
+def ogbench_maze_statistics() -> str:
+    """Measured statistics of the walks in OGBench's point mazes."""
+    from clbench.data.recipes import RECIPES
+    from clbench.data.registry import load_dataset
+    from clbench.envs.ogbench_maze_data import statistics
+
+    names = [name for name, recipe in RECIPES.items() if recipe.family == "ogbench-maze"]
+    found = [statistics(load_dataset(name)) for name in names]
+    rows = [(f"`{name}`", *(f"{v:.4g}" for v in values.values())) for name, values in zip(names, found, strict=True)]
+    return table(("data set", *(f"`{k}`" for k in found[0])), rows)
+
+
+def ogbench_maze_lines() -> str:
+    """Success of controllers on the frozen episodes of OGBench's point mazes."""
+    import torch
+
+    from clbench.envs.make import make_env
+    from clbench.streams.ogbench_mazes import TASKS, evaluation_trials
+
+    rows = []
+    for maze in TASKS:
+        trials = evaluation_trials(maze, EPISODES)
+        env: Any = make_env("clbench/OGBenchPointMaze-v0", EPISODES, autoreset="disabled", maze=maze)
+        for name, method in (("shortest path", "oracle_actions"), ("straight line", "straight_line_actions")):
+            env.reset(seed=trials.seeds, options=dict(trials.options))
+            reached = torch.zeros(EPISODES, dtype=torch.bool)
+            for _ in range(env.max_episode_steps):
+                reached |= env.step(getattr(env, method)())[4]["is_success"]
+            each = reached.double().view(-1, len(TASKS[maze])).mean(0)
+            rows.append((f"`{maze}`", name, *(f"{v:.2f}" for v in each.tolist()), f"{float(each.mean()):.3f}"))
+    head = f"{EPISODES} frozen episodes per maze, steps of 0.2, 1000 steps:\n\n"
+    return head + table(("maze", "controller", *(f"task {i}" for i in range(1, 6)), "mean"), rows)
+
+
+def printed_by(script: str) -> str | None:
+    """A table of the lines ``LABEL: RESULT`` that a script prints; ``None`` where it prints none."""
+    path = ROOT / "scripts" / script
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
     rows = [line.rsplit(": ", 1) for line in done.stdout.splitlines()]
     return table(("compared", "result"), rows) if rows else None
@@ -302,9 +337,12 @@ COSTLY: dict[str, Callable[[], str]] = {
     "two-rooms-statistics": two_rooms_statistics,
     "published-statistics": published_statistics,
     "point-maze-statistics": point_maze_statistics,
+    "ogbench-maze-statistics": ogbench_maze_statistics,
+    "ogbench-maze-lines": ogbench_maze_lines,
 }
-# written with --demo only, or where MuJoCo is installed; its version and the machine decide about the last digits
-BY_HAND = ("demo-results", "point-maze-physics")
+# written where MuJoCo (or OGBench) is installed; its version and the machine decide about the last digits
+SCRIPTS = {"point-maze-physics": "check_point_maze_physics.py", "ogbench-maze-physics": "check_ogbench_maze.py"}
+BY_HAND = ("demo-results", *SCRIPTS)  # the first with --demo only
 
 
 def part(name: str) -> Callable[[], str] | None:
@@ -364,8 +402,8 @@ def main() -> int:
     def make(name: str) -> str | None:
         if name == "demo-results" and arguments.demo is not None:
             return demo_results(arguments.demo)
-        if name == "point-maze-physics":
-            return point_maze_physics()
+        if name in SCRIPTS:
+            return printed_by(SCRIPTS[name])
         return part_or_none(name)
 
     for path in pages():
