@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from gymnasium.spaces import Box, Dict, Discrete
 from torch import Tensor
 
 from clbench.agents.gcrl.base import GoalAgent, GoalBatch
+from clbench.agents.gcrl.networks import Input
 from clbench.config import build
 from clbench.contracts import Spaces
 from clbench.errors import DataError
@@ -34,7 +37,6 @@ OPTIONS = {
     "value_p_randomgoal": "value_p_random", "value_geom_sample": "value_geometric",
     "actor_p_trajgoal": "actor_p_trajectory", "actor_p_randomgoal": "actor_p_random",
 }  # fmt: skip
-GROUP = 8  # coordinates of an interval quasimetric embedding that form a group
 
 # network of the reference -> ours, by agent; "*" for all
 NETWORKS: Mapping[str, Mapping[str, str]] = {
@@ -98,25 +100,45 @@ class Case:
         return {k.removeprefix(prefix + "/"): v for k, v in self.arrays.items() if k.startswith(prefix + "/")}
 
 
+def read_index(folder: str | Path) -> list[Mapping[str, Any]]:
+    """The entries of ``index.json``, one per case.
+
+    Raises:
+        DataError: there is no index, or it lists no cases.
+    """
+    path = Path(folder) / "index.json"
+    try:
+        index = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot read {path}: {error}. Name a folder of golden cases.") from error
+    if not isinstance(index, list) or not index:
+        raise DataError(f"{path} is not a list of golden cases.")
+    return index
+
+
+def read_case(folder: str | Path, entry: Mapping[str, Any]) -> Case:
+    """The case of an entry of the index.
+
+    Raises:
+        DataError: its file is missing or damaged.
+    """
+    path = Path(folder) / Path(entry["file"]).name
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {k: file[k] for k in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"Cannot read {path}: {error}.") from error
+    return Case(path.stem, entry["agent"], entry["config"], arrays)
+
+
 def read_cases(folder: str | Path) -> Iterator[Case]:
     """The cases of ``index.json``.
 
     Raises:
         DataError: no index, or a file that is missing or damaged.
     """
-    folder = Path(folder)
-    try:
-        index = json.loads((folder / "index.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read {folder / 'index.json'}: {error}. Name a folder of golden cases.") from error
-    for entry in index:
-        path = folder / Path(entry["file"]).name
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {k: file[k] for k in file.files}
-        except (OSError, ValueError) as error:
-            raise DataError(f"Cannot read {path}: {error}.") from error
-        yield Case(Path(entry["file"]).stem, entry["agent"], entry["config"], arrays)
+    for entry in read_index(folder):
+        yield read_case(folder, entry)
 
 
 def check_case(case: Case, agent_class: type[GoalAgent] | None = None) -> Outcome:
@@ -136,7 +158,7 @@ def check_case(case: Case, agent_class: type[GoalAgent] | None = None) -> Outcom
     loss.backward()
     own = dict(agent.networks.named_parameters())
     gradients = [_gradient_error(agent, own, name, g) for name, g in case.part("grads").items()]
-    errors["gradients"] = max(gradients), GRADIENTS
+    errors["gradients"] = _worst(gradients), GRADIENTS
     if "greedy_actions" in case.arrays:
         errors["actions"] = _action_error(agent, batch, case.arrays["greedy_actions"]), 1e-5
     for step in range(1, 6):
@@ -144,8 +166,13 @@ def check_case(case: Case, agent_class: type[GoalAgent] | None = None) -> Outcom
         after = case.part(f"params_after{step}")
         if after:
             distances = [_distance(agent, own, name, value) for name, value in after.items()]
-            errors[f"parameters after {step}"] = max(distances), PARAMETERS
+            errors[f"parameters after {step}"] = _worst(distances), PARAMETERS
     return Outcome(case.name, errors)
+
+
+def _worst(errors: Sequence[float]) -> float:
+    """The largest; NaN if any is (``max`` of Python would depend on the order)."""
+    return float(np.max(errors))
 
 
 def check_folder(folder: str | Path) -> Iterator[Outcome]:
@@ -163,8 +190,6 @@ def make_agent(case: Case, agent_class: type[GoalAgent] | None = None) -> GoalAg
     batch, given = case.part("batch"), dict(case.config)
     options: dict[str, Any] = {"preset": "ogbench", "learn_std": not given.pop("const_std", case.agent != "hilp")}
     options["hidden"] = tuple(given.pop("actor_hidden_dims", None) or given.pop("hidden_dims"))
-    if case.agent == "qrl" and "groups" in cls.Config.__dataclass_fields__:
-        options["groups"] = given["latent_dim"] // GROUP
     for name, value in given.items():
         name = OPTIONS.get(name, name)
         if name in cls.Config.__dataclass_fields__ and value is not None:
@@ -186,15 +211,14 @@ def _classes(case: Case) -> int:
 
 def make_batch(case: Case) -> GoalBatch:
     """The batch of the case; every goal that agents draw is in it."""
-    from clbench.agents.gcrl.networks import Input
-
     arrays = {k: torch.from_numpy(v) for k, v in case.part("batch").items()}
+    arrays = {k: v if k == "actions" else v.to(torch.float32) for k, v in arrays.items()}
 
     def given(name: str, otherwise: str = "goals") -> Input:
         return Input(arrays.get(name, arrays.get(otherwise)))
 
     s, s_next = given("observations"), given("next_observations")
-    actions = arrays["actions"] if arrays["actions"].is_floating_point() else arrays["actions"].to(torch.int64)
+    actions = arrays["actions"].to(torch.int64 if case.config.get("discrete") else torch.float32)
     more = {k: Input(v) for k, v in arrays.items() if k.startswith(("low_", "high_", "skills"))}
     at_goal = 1 - arrays["masks"]
     return GoalBatch(
@@ -237,12 +261,14 @@ def load_parameters(agent: GoalAgent, values: Mapping[str, np.ndarray]) -> None:
     """Set every parameter to the reference's.
 
     Raises:
-        DataError: one of ours is not among them, or has another shape.
+        DataError: one of ours is not among them, one is not ours, or they differ in shape.
     """
     own = dict(agent.networks.named_parameters())
     for name, value in values.items():
         ours, tensor = _as_ours(agent, name, value)
-        parameter = own.pop(ours)
+        parameter = own.pop(ours, None)
+        if parameter is None:
+            raise DataError(f"{name} is {ours}, which agent {agent.name!r} does not have here, or a second time.")
         if parameter.shape != tensor.shape:
             raise DataError(f"{name} has shape {tuple(tensor.shape)}, but ours {tuple(parameter.shape)}.")
         parameter.copy_(tensor)
