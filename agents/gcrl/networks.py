@@ -54,14 +54,19 @@ class Shape(NamedTuple):
 
 
 class Raw(nn.Module):
-    """Box (B, *shape) -> (B, n) float32; the numbers as they are, or centred and scaled once that is fitted to data."""
+    """Box (B, *shape) -> (B, n) float32; the numbers as they are, or centred and scaled once that is fitted to data.
+
+    ``frequencies`` F > 0 appends the sines and cosines of ``pi 2^k x / 2``, k = 0..F-1 (Tancik et al. 2020, arXiv
+    2006.10739): a small MLP of x alone is too smooth to put the two sides of a thin wall apart.
+    """
 
     center: Tensor
     scale: Tensor
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, frequencies: int = 0):
         super().__init__()
-        self.size = size
+        self.size = size * (1 + 2 * frequencies)
+        self.frequencies = frequencies
         self.register_buffer("center", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
 
@@ -73,7 +78,12 @@ class Raw(nn.Module):
         self.scale.copy_(torch.where(deviation > 1e-6, deviation, 1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.reshape(len(x), -1).to(torch.float32) - self.center) / self.scale
+        x = (x.reshape(len(x), -1).to(torch.float32) - self.center) / self.scale
+        if not self.frequencies:
+            return x
+        scale = torch.pi * 2.0 ** torch.arange(-1, self.frequencies - 1, device=x.device)
+        phase = (x[..., None] * scale).flatten(-2)
+        return torch.cat([x, phase.sin(), phase.cos()], -1)
 
 
 class Inputs(nn.Module):
@@ -87,7 +97,7 @@ class Inputs(nn.Module):
         ConfigError: a space that is not supported.
     """
 
-    def __init__(self, space: gymnasium.Space):
+    def __init__(self, space: gymnasium.Space, frequencies: int = 0):
         super().__init__()
         if not isinstance(space, Dict) or any(key not in space.spaces for key in GOAL_KEYS):
             raise ConfigError(f"Goal-conditioned agents need observations with the keys {GOAL_KEYS}, got {space}.")
@@ -100,7 +110,7 @@ class Inputs(nn.Module):
         self.last = {k for k in self.images if channels_last(spaces[k])}  # type: ignore[arg-type]
         kinds = ["observation" if self.same else "desired_goal", *self.state_keys]
         self.transforms = nn.ModuleDict(
-            {k: _transform(spaces[k], k) for k in dict.fromkeys(kinds) if k not in self.images}
+            {k: _transform(spaces[k], k, frequencies) for k in dict.fromkeys(kinds) if k not in self.images}
         )
         self._goal_key = kinds[0]
         sizes = {self.images[k][1:] for k in self.images}
@@ -157,9 +167,9 @@ class Inputs(nn.Module):
         return image.movedim(-1, 1) if key in self.last else image
 
 
-def _transform(space: gymnasium.Space, key: str) -> nn.Module:
+def _transform(space: gymnasium.Space, key: str, frequencies: int) -> nn.Module:
     if isinstance(space, Box):
-        return Raw(int(np.prod(space.shape)))
+        return Raw(int(np.prod(space.shape)), frequencies)
     transform = flat_encoder(space, f"of key {key!r}")
     assert isinstance(transform, OneHot | nn.Module)
     return transform
@@ -204,8 +214,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, *, frozen: bool = False) -> Tensor:
         """``frozen`` lets the gradient through to ``x``, but not to the parameters."""
-        out = self._stacked(x, frozen) if x.is_cuda else self._looped(x, frozen)
-        return out[0] if self.members is None else out
+        if self.members is None:
+            return self._member(
+                x, [[None if p is None else p.squeeze(0) for p in layer] for layer in self._layers(frozen)]
+            )
+        return self._stacked(x, frozen) if x.is_cuda else self._looped(x, frozen)
 
     def _layers(self, frozen: bool) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
         layers: list[Any] = []
@@ -229,17 +242,19 @@ class MLP(nn.Module):
     def _looped(self, x: Tensor, frozen: bool) -> Tensor:
         """Member after member, with fused LayerNorm: a tenth faster on a CPU."""
         layers = [[None if p is None else p.unbind(0) for p in layer] for layer in self._layers(frozen)]
-        outputs = []
-        for e in range(len(self.kernels[0])):
-            h = x
-            for i, (kernel, bias, scale, shift) in enumerate(layers):
-                h = torch.addmm(bias[e], h, kernel[e])  # type: ignore[index]
-                if i < len(layers) - 1:
-                    h = self.activation(h)
-                    if scale is not None and shift is not None:
-                        h = functional.layer_norm(h, h.shape[-1:], scale[e], shift[e], LAYER_NORM_EPS)
-            outputs.append(h)
-        return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
+        members = range(len(self.kernels[0]))
+        return torch.stack(
+            [self._member(x, [[None if p is None else p[e] for p in layer] for layer in layers]) for e in members]
+        )
+
+    def _member(self, h: Tensor, layers: Sequence[Sequence[Tensor | None]]) -> Tensor:
+        """One network: kernel (in, out), bias, scale and shift of each layer."""
+        for kernel, bias, scale, shift in layers[:-1]:
+            h = self.activation(torch.addmm(bias, h, kernel))  # type: ignore[arg-type]
+            if scale is not None:
+                h = functional.layer_norm(h, h.shape[-1:], scale, shift, LAYER_NORM_EPS)
+        kernel, bias, *_ = layers[-1]
+        return torch.addmm(bias, h, kernel)  # type: ignore[arg-type]
 
 
 class ImpalaSmall(nn.Module):

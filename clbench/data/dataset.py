@@ -14,6 +14,7 @@ every row can be trained on::
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,26 @@ Observations = Column | dict[str, Column]
 def map_obs(function: Callable[[Any], Any], obs: Any) -> Any:
     """Apply ``function`` to an observation tensor, or to each entry of an observation dict."""
     return {k: function(v) for k, v in obs.items()} if isinstance(obs, Mapping) else function(obs)
+
+
+def _take(obs: Any, index: Tensor) -> Any:
+    """Rows of an observation tensor or dict; keys that share a column share the result."""
+    if not isinstance(obs, Mapping):
+        return obs[index]
+    taken = {id(column): column[index] for column in {id(c): c for c in obs.values()}.values()}
+    return {k: taken[id(column)] for k, column in obs.items()}
+
+
+def _pairwise(function: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> Any:
+    """Apply ``function`` to two observations, key by key; keys that share both operands share the result."""
+    if not isinstance(a, Mapping):
+        return function(a, b)
+    made: dict[tuple[int, int], Tensor] = {}
+    for k in a:
+        pair = id(a[k]), id(b[k])
+        if pair not in made:
+            made[pair] = function(a[k], b[k])
+    return {k: made[id(a[k]), id(b[k])] for k in a}
 
 
 def _row_kinds(obs: Any) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -243,22 +264,23 @@ class OfflineDataset:
 
     def observation(self, index: Tensor) -> Any:
         """Observations of rows ``index`` (B,)."""
-        return map_obs(lambda v: v[index], self.observations)
+        return _take(self.observations, index)
 
     def next_observation(self, index: Tensor) -> Any:
         """Observations after the actions of rows ``index`` (B,); of one-step data without one, the observation itself."""
-        last = index == self.final[index]
-        following = self.observation(torch.where(last, index, index + 1))
+        final = self.final[index]
+        following = self.observation(torch.minimum(index + 1, final))
         if self.final_observations is None:
             return following
-        final = map_obs(lambda v: v[self.episode[index]], self.final_observations)
-
-        def choose(a: Tensor, b: Tensor) -> Tensor:
-            return torch.where(last.reshape(-1, *[1] * (a.ndim - 1)), b, a)
-
-        if isinstance(following, Mapping):
-            return {k: choose(following[k], final[k]) for k in following}
-        return choose(following, final)
+        last = index == final
+        if index.device.type == "cpu":  # there are few: to look up, or to draw, the others in vain would cost more
+            rows = last.nonzero()[:, 0]
+            if len(rows) == 0:
+                return following
+            ends = _take(self.final_observations, self.episode[index[rows]])
+            return _pairwise(lambda a, b: a.index_copy(0, rows, b), following, ends)
+        ends = _take(self.final_observations, self.episode[index])
+        return _pairwise(lambda a, b: torch.where(last.reshape(-1, *[1] * (a.ndim - 1)), b, a), following, ends)
 
     # -- windows ----------------------------------------------------------------------------------------------------
 
@@ -339,23 +361,29 @@ class OfflineDataset:
            independent coin, the state itself with probability ``p_current``.
         """
         size, device = index.shape, self.device
-        final = self.final[index]
+        # drawn whether it counts or not: other probabilities leave the other draws as they are
         rand = self.sample_index(len(index), rng)
         u = torch.rand(size, generator=rng, device=device, dtype=torch.float64)
-        if sampling.geometric:
-            # inverse CDF of the geometric distribution: k = floor(log(1 - u) / log(discount)) + 1
-            log_discount = torch.log(torch.tensor(max(sampling.discount, 1e-12), dtype=torch.float64))
-            k = torch.floor(torch.log1p(-u) / log_discount).to(torch.int64) + 1
-            trajectory = torch.minimum(index + k, final)
-        else:
-            low = torch.minimum(index + 1, final)
-            trajectory = torch.round(low * u + final * (1 - u)).to(torch.int64)
         if sampling.p_current >= 1:
             return index.clone()
-        coin = torch.rand(size, generator=rng, device=device, dtype=torch.float64)
-        goal = torch.where(coin < sampling.p_trajectory / (1 - sampling.p_current), trajectory, rand)
-        coin = torch.rand(size, generator=rng, device=device, dtype=torch.float64)
-        return torch.where(coin < sampling.p_current, index, goal)
+        coins = [torch.rand(size, generator=rng, device=device, dtype=torch.float64) for _ in range(2)]
+        share = sampling.p_trajectory / (1 - sampling.p_current)
+        goal = rand
+        if share > 0:
+            goal = self._later(index, u, sampling)
+        if 0 < share < 1:
+            goal = torch.where(coins[0] < share, goal, rand)
+        return torch.where(coins[1] < sampling.p_current, index, goal) if sampling.p_current > 0 else goal
+
+    def _later(self, index: Tensor, u: Tensor, sampling: GoalSampling) -> Tensor:
+        """Rows (B,) of the same episode after ``index``, from uniform numbers ``u`` (B,)."""
+        final = self.final[index]
+        if sampling.geometric:
+            # inverse CDF of the geometric distribution: k = floor(log(1 - u) / log(discount)) + 1
+            k = torch.floor(torch.log1p(-u) / math.log(max(sampling.discount, 1e-12))).to(torch.int64) + 1
+            return torch.minimum(index + k, final)
+        low = torch.minimum(index + 1, final)
+        return torch.round(low * u + final * (1 - u)).to(torch.int64)
 
     def sample(self, batch_size: int, rng: torch.Generator, goals: GoalSampling | None = None) -> Batch:
         """A random batch; with ``goals``, observations carry a ``desired_goal`` drawn as in :meth:`sample_goals`."""
