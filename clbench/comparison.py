@@ -313,9 +313,7 @@ def check_cells(cells: Sequence[Cell], overwrite: bool) -> None:
         check_requirements(resolved.agent_class, cell.agent, resolved.stream, spaces)
         agent = content_hash([cell.agent, dataclasses.asdict(resolved.agent_config), str(spaces)])
         if agent not in built:
-            with blame(resolved.agent_class.__name__, "__init__"):
-                rng = torch_generator(0, "check")
-                resolved.agent_class(spaces, resolved.agent_config, device=torch.device("cpu"), rng=rng)
+            _check_agent(cell, spaces)
             built.add(agent)
         if (cell.path / "config.json").exists():
             try:
@@ -329,6 +327,16 @@ def check_cells(cells: Sequence[Cell], overwrite: bool) -> None:
         directory.open()
         directory.clear()
         directory.close()
+
+
+def _check_agent(cell: Cell, spaces: Spaces) -> None:
+    """Make the agent once: it may refuse the spaces, or options that do not go together."""
+    resolved, rng = cell.resolved, torch_generator(0, "check")
+    try:
+        with blame(resolved.agent_class.__name__, "__init__"):
+            resolved.agent_class(spaces, resolved.agent_config, device=torch.device("cpu"), rng=rng)
+    except ClbenchError as error:
+        raise type(error)(f"Agent {cell.agent!r} on {cell.dataset}: {error}") from error
 
 
 def _spaces_of(task: Task) -> Spaces:
