@@ -14,6 +14,10 @@ TABLE: dict[str, tuple[str, str]] = {
     "crl": ("clbench.agents.crl:CRL", "contrastive RL, offline (OGBench)"),
     "hiql": ("clbench.agents.hiql:HIQL", "hierarchical implicit Q-learning, offline (OGBench)"),
     "hilp": ("clbench.agents.hilp:HILP", "Hilbert representation of temporal distances and skills, goal-conditioned"),
+    "hilp-zero-shot": (
+        "clbench.agents.hilp_zero_shot:HILPZeroShot",
+        "Hilbert features and successor features: any goal, or any reward from examples (zero-shot RL)",
+    ),
     "pldm": ("clbench.agents.pldm:PLDM", "latent world model from offline data, and planning with it (JEPA, PLDM)"),
     "sb3-ppo": ("clbench.agents.sb3:SB3PPO", "Stable-Baselines3 PPO, online"),
     "sb3-dqn": ("clbench.agents.sb3:SB3DQN", "Stable-Baselines3 DQN, online, with HER for goal observations"),

@@ -16,6 +16,7 @@ Values = Mapping[str, Any]
 
 REFERENCE: Values = {
     "hidden": (512, 512, 512), "lr": 3e-4, "batch_size": 1024, "discount": 0.99, "tau": 0.005, "normalise": False,
+    "frequencies": 0,
     "learn_std": False, "actor_p_trajectory": 1.0, "actor_p_random": 0.0,
 }  # fmt: skip
 MIXED: Values = {
@@ -42,6 +43,12 @@ AGENTS: Mapping[str, Values] = {
     "hilp": {
         "value_p_current": 0.0, "value_p_trajectory": 0.625, "value_p_random": 0.375, "value_geometric": True,
         "expectile": 0.95, "skill_expectile": 0.9, "alpha": 10.0, "skill_dim": 32, "learn_std": True,
+    },
+    "hilp-zero-shot": {  # the published PyTorch code, its walker
+        "value_p_current": 0.0, "value_p_trajectory": 0.625, "value_p_random": 0.375, "value_geometric": True,
+        "hidden": (512, 512), "map_hidden": (1024, 512), "lr": 1e-4, "phi_lr": 5e-4, "discount": 0.98,
+        "phi_discount": 0.96, "goal_discount": 0.99, "expectile": 0.5, "skill_dim": 50, "successor_tau": 0.01,
+        "features": "state", "mix_ratio": 0.5, "q_loss": False, "noise": 0.2, "noise_clip": 0.3, "behaviour": 0.0,
     },
 }  # fmt: skip
 
@@ -80,7 +87,12 @@ PRESETS: Mapping[str, Mapping[str, Values]] = {
     "small": {
         "": SMALL, **_alphas(10, 0.003, 0.0003, 0.03, 3, 3, 15), "qrl": {"alpha": 0.0003, "latent_dim": 64},
         "crl": {"alpha": 0.03, "latent_dim": 64}, "hilp": {"skill_dim": 16},
+        "hilp-zero-shot": {
+            "hidden": (128, 128), "map_hidden": (256, 128), "lr": 5e-4, "phi_lr": 1e-3, "phi_discount": 0.98,
+            "goal_discount": 0.98, "expectile": 0.9, "skill_dim": 16, "successor_tau": 0.02, "features": "difference",
+        },
     },
+    "reference": {},
     "pointmaze": POINTMAZE,
     "pointmaze-giant": {"": GIANT, **POINTMAZE},
     "antmaze": ANTMAZE,
