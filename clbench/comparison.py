@@ -53,14 +53,15 @@ OUT = Path("runs/compare")
 OBSERVATION: dict[str, str] = {"small": "state", "paper": "pixels"}  # where the data set has the choice
 # gradient updates per run; "*" is any agent. Paper scale: three passes over the reference data (PLDM); OGBench's of pixels
 BUDGETS: dict[str, dict[str, int]] = {"small": {"*": 8_000}, "paper": {"*": 500_000, "pldm": 144_000}}
-# which preset an agent takes at the scale of the paper: the first it has, by the beginning of the data set's name
-PRESETS: dict[str, tuple[str, ...]] = {
-    "two-rooms": ("two-rooms", "ogbench"),
-    "point-maze": ("diverse-maze", "ogbench"),
-    "ogbench-maze/giant": ("pointmaze-giant", "ogbench"),
-    "ogbench-maze": ("pointmaze", "ogbench"),
-    "": ("ogbench",),
+# whose preset an agent takes at the scale of the paper, by the beginning of the data set's name; FLAVOURS in the name are
+# added where the agent knows such a preset (pointmaze-giant-stitch), and FALLBACK is for those that have none of the family
+PRESETS: dict[str, str] = {
+    "two-rooms/": "two-rooms",
+    "point-maze/": "diverse-maze",
+    "ogbench-maze/": "pointmaze",
+    **{f"ogbench/{name}": name for name in ("pointmaze", "antmaze", "humanoidmaze", "antsoccer", "powderworld")},
 }
+FLAVOURS, FALLBACK = ("giant", "stitch", "explore"), "ogbench"
 MEMORY: dict[str, int] = {"small": 2 * 2**30, "paper": 8 * 2**30}  # bytes to allow per worker
 EVAL_ENVS = 512
 CONTROLLERS = {"oracle": "oracle_actions", "straight-line": "straight_line_actions"}
@@ -220,7 +221,7 @@ def _cell(
 ) -> Cell:  # fmt: skip
     of_stream = {**_scale_options(dataset, scale), **stream_options}
     agent_class = resolve("agents", agent)
-    preset = agent_options.get("preset") or preset_of(agent_class, agent, dataset, scale)
+    preset = preset_of(agent_class, agent, dataset, scale)
     of_agent = {**({"preset": preset} if preset else {}), **agent_options}
     settings = {**common, "stream": dataset, "agent": agent, "seed": seed, "tensorboard": False, "agent_options": of_agent,
                 "stream_options": of_stream}  # fmt: skip
@@ -229,7 +230,8 @@ def _cell(
     if config.budget is None and resolved.unit == "updates":
         config = dataclasses.replace(config, budget=BUDGETS[scale].get(agent, BUDGETS[scale]["*"]))
         resolved = resolve_run(config)
-    return Cell(dataset, agent, seed, preset, resolved, default_out(config, out), command_of(config))
+    used = getattr(resolved.agent_config, "preset", None)
+    return Cell(dataset, agent, seed, used, resolved, default_out(config, out), command_of(config))
 
 
 def _scale_options(dataset: str, scale: str) -> dict[str, Any]:
@@ -242,16 +244,25 @@ def _scale_options(dataset: str, scale: str) -> dict[str, Any]:
 
 
 def preset_of(agent_class: Any, agent: str, dataset: str, scale: str) -> str | None:
-    """The preset of the scale; ``None`` for agents without presets, or without one that fits."""
+    """The preset of the scale; ``None`` for agents without presets, or with none that fits (their default is used then)."""
     config = getattr(agent_class, "Config", None)
     if not dataclasses.is_dataclass(config) or "preset" not in {f.name for f in dataclasses.fields(config)}:
         return None
-    wanted = ("small",) if scale == "small" else next(v for k, v in PRESETS.items() if dataset.startswith(k))
-    for preset in wanted:
+    for preset in ["small"] if scale == "small" else _presets_of_family(dataset):
         with contextlib.suppress(ConfigError):
             build(config, {"preset": preset}, where=f"agent {agent!r}")  # type: ignore[type-var]
             return preset
     return None
+
+
+def _presets_of_family(dataset: str) -> list[str]:
+    """What the preset of a data set may be called, the most special first."""
+    family = next((v for k, v in PRESETS.items() if dataset.startswith(k)), None)
+    if family is None:
+        return [FALLBACK]
+    flavours = [f for f in FLAVOURS if f in dataset.partition("?")[0].split("/")[-1].split("-")]
+    names = ["-".join((family, *flavours)), *(f"{family}-{f}" for f in reversed(flavours)), family, FALLBACK]
+    return list(dict.fromkeys(names))
 
 
 def command_of(config: RunConfig) -> str:

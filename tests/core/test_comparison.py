@@ -269,6 +269,18 @@ def test_presets_by_family() -> None:
     assert preset_of(pldm, "pldm", "point-maze/5-layouts-v0", "paper") == "diverse-maze"
     assert preset_of(pldm, "pldm", "point-maze/5-layouts-v0", "small") == "small"
     assert preset_of(resolve("agents", "bc"), "bc", SMALL, "paper") is None
+    gciql = resolve("agents", "gciql")
+    for name, preset in {
+        "two-rooms/good-v0?observation=state": "two-rooms",
+        "ogbench-maze/giant-stitch-v0": "pointmaze-giant-stitch",
+        "ogbench-maze/giant-navigate-v0": "pointmaze-giant",
+        "ogbench-maze/medium-stitch-v0": "pointmaze-stitch",
+        "ogbench-maze/teleport-navigate-v0": "pointmaze",
+        "ogbench/antmaze-medium-explore-v0": "antmaze-explore",
+        "ogbench/humanoidmaze-giant-navigate-v0": "humanoidmaze",
+        "ogbench/cube-single-play-v0": "ogbench",
+    }.items():
+        assert preset_of(gciql, "gciql", name, "paper") == preset
 
 
 def test_axes_of_the_papers_figures() -> None:
