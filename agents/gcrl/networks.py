@@ -62,13 +62,15 @@ class Raw(nn.Module):
 
     center: Tensor
     scale: Tensor
+    octaves: Tensor
 
     def __init__(self, size: int, frequencies: int = 0):
         super().__init__()
         self.size = size * (1 + 2 * frequencies)
-        self.frequencies = frequencies
         self.register_buffer("center", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
+        octaves = torch.pi * 2.0 ** torch.arange(-1, frequencies - 1)
+        self.register_buffer("octaves", octaves, persistent=False)
 
     def fit(self, rows: Tensor) -> None:
         """Centre on the mean, divide by the standard deviation, of (N, *shape)."""
@@ -79,11 +81,10 @@ class Raw(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x.reshape(len(x), -1).to(torch.float32) - self.center) / self.scale
-        if not self.frequencies:
+        if len(self.octaves) == 0:
             return x
-        scale = torch.pi * 2.0 ** torch.arange(-1, self.frequencies - 1, device=x.device)
-        phase = (x[..., None] * scale).flatten(-2)
-        return torch.cat([x, phase.sin(), phase.cos()], -1)
+        phase = (x[:, :, None] * self.octaves).flatten(1)
+        return torch.cat([x, phase.sin(), phase.cos()], 1)
 
 
 class Inputs(nn.Module):
@@ -162,6 +163,14 @@ class Inputs(nn.Module):
         if key in self.transforms:
             return Input(self.transforms[key](values))
         return Input(None, self._channels_first(key, values))
+
+    def goals(self, *values: Tensor) -> list[Input]:
+        """Several batches of achieved or desired goals -> goals; numbers are transformed in one call."""
+        if self._goal_key in self.images:
+            return [self.goal(v) for v in values]
+        flat = self.goal(torch.cat(values)).flat
+        assert flat is not None
+        return [Input(x) for x in flat.split([len(v) for v in values])]
 
     def _channels_first(self, key: str, image: Tensor) -> Tensor:
         return image.movedim(-1, 1) if key in self.last else image

@@ -1,15 +1,16 @@
 """Training loops of offline goal-conditioned RL as one writes them by hand for one method: the limit of ``bench updates``.
 
 One function per loss, plain ``nn.Sequential``, a Python loop over the members of an ensemble, data that are normalised
-beforehand, indices drawn on tensors, one backward pass, fused Adam. The maths is that of the agents of the same name, see
+beforehand (with all features), indices drawn on tensors, one backward pass, fused Adam. The maths is that of the agents of the same name, see
 there; a test compares losses and gradients.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +34,9 @@ class Rows:
     g_a: Tensor
     a: Tensor
     hit: Tensor
-    w: Tensor | None = None
-    target: Tensor | None = None
-    z: Tensor | None = None
+    w: Any = None
+    target: Any = None
+    z: Any = None
 
 
 # -- networks ------------------------------------------------------------------------------------------------------------
@@ -118,11 +119,15 @@ def expectile(advantage: Tensor, difference: Tensor, kappa: float) -> Tensor:
     return (torch.where(advantage >= 0, kappa, 1 - kappa) * difference.square()).mean()
 
 
+def total(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
+
+
 def v_loss(v: list[Tensor], old: list[Tensor], old_next: list[Tensor], hit: Tensor, c: Any) -> Tensor:
     """GCIVL's value loss, from values (B,) of two members."""
     r, m = hit - 1, c.discount * (1 - hit)
     advantage = r + m * torch.minimum(*old_next) - (old[0] + old[1]) / 2
-    return sum(expectile(advantage, r + m * n - x, c.expectile) for x, n in zip(v, old_next, strict=True))  # type: ignore
+    return total(expectile(advantage, r + m * n - x, c.expectile) for x, n in zip(v, old_next, strict=True))
 
 
 def gcbc(n: Nets, b: Rows, c: Any) -> Tensor:
@@ -134,7 +139,7 @@ def gcivl(n: Nets, b: Rows, c: Any) -> Tensor:
     xa, xa_next = torch.cat([b.s, b.g_a], 1), torch.cat([b.s_next, b.g_a], 1)
     with torch.no_grad():
         old, old_next = ([m(y).squeeze(1) for m in n["target_value"]] for y in (x, x_next))
-        advantage = (sum(m(xa_next) - m(xa) for m in n["value"]) / 2).squeeze(1)
+        advantage = (total(m(xa_next) - m(xa) for m in n["value"]) / 2).squeeze(1)
     loss = v_loss([m(x).squeeze(1) for m in n["value"]], old, old_next, b.hit, c)
     return loss + awr(n["actor"][0](xa), b.a, advantage, c.alpha)
 
@@ -146,7 +151,7 @@ def gciql(n: Nets, b: Rows, c: Any) -> Tensor:
         old = torch.minimum(*(m(sa) for m in n["target_critic"])).squeeze(1)
         y = b.hit - 1 + c.discount * (1 - b.hit) * value(torch.cat([b.s_next, b.g_v], 1)).squeeze(1)
     delta = old - value(x).squeeze(1)
-    loss = expectile(delta, delta, c.expectile) + sum((m(sa).squeeze(1) - y).square().mean() for m in critic)
+    loss = expectile(delta, delta, c.expectile) + total((m(sa).squeeze(1) - y).square().mean() for m in critic)
     mean = n["actor"][0](xa)
     if c.actor_loss == "awr":
         with torch.no_grad():
@@ -199,7 +204,7 @@ def crl(n: Nets, b: Rows, c: Any) -> Tensor:
 
     pairs = list(zip(n["critic_phi"], n["critic_psi"], strict=True))
     sa, mean = torch.cat([b.s, b.a], 1), n["actor"][0](torch.cat([b.s, b.g_a], 1))
-    loss: Any = sum(contrast(phi(sa), psi(b.g_v)) for phi, psi in pairs) / 2
+    loss = total(contrast(phi(sa), psi(b.g_v)) for phi, psi in pairs) / 2
     with torch.no_grad():
         goals = [psi(b.g_a) for _, psi in pairs]
     if c.actor_loss == "awr":
@@ -227,15 +232,15 @@ def hiql(n: Nets, b: Rows, c: Any) -> Tensor:
         return [m(x).squeeze(1) for m in nets]
 
     def mean(s: Tensor, g: Tensor) -> Tensor:
-        return sum(values(value, s, g)) / 2  # type: ignore[return-value]
+        return total(values(value, s, g)) / 2
 
     with torch.no_grad():
         old, old_next = (values(n["target_value"], s, b.g_v) for s in (b.s, b.s_next))
-        low_advantage = mean(b.s_next, b.w) - mean(b.s, b.w)  # type: ignore[arg-type]
-        high_advantage = mean(b.target, b.g_a) - mean(b.s, b.g_a)  # type: ignore[arg-type]
-        proposal = rho(b.s, b.target)  # type: ignore[arg-type]
+        low_advantage = mean(b.s_next, b.w) - mean(b.s, b.w)
+        high_advantage = mean(b.target, b.g_a) - mean(b.s, b.g_a)
+        proposal = rho(b.s, b.target)
     with torch.set_grad_enabled(c.low_actor_rep_grad):
-        subgoal = rho(b.s, b.w)  # type: ignore[arg-type]
+        subgoal = rho(b.s, b.w)
     loss = v_loss(values(value, b.s, b.g_v), old, old_next, b.hit, c)
     loss = loss + awr(low(torch.cat([b.s, subgoal], 1)), b.a, low_advantage, c.low_alpha)
     return loss + awr(high(torch.cat([b.s, b.g_a], 1)), proposal, high_advantage, c.high_alpha)
@@ -247,19 +252,19 @@ def hilp(n: Nets, b: Rows, c: Any) -> Tensor:
     def v(x: Tensor, y: Tensor) -> Tensor:
         return -(x - y).square().sum(1).clamp(min=1e-6).sqrt()
 
-    sz = torch.cat([b.s, z], 1)  # type: ignore[list-item]
+    sz = torch.cat([b.s, z], 1)
     sza = torch.cat([sz, b.a], 1)
     with torch.no_grad():
         old = [[m(x) for x in (b.s, b.s_next, b.g_v)] for m in n["target_phi"]]
         old_v, old_next = [v(x, y) for x, _, y in old], [v(x, y) for _, x, y in old]
         old_q = torch.minimum(*(m(sza).squeeze(1) for m in n["target_skill_critic"]))
-        next_v, next_x = value(torch.cat([b.s_next, z], 1)).squeeze(1), phi[0](b.s_next)  # type: ignore[list-item]
+        next_v, next_x = value(torch.cat([b.s_next, z], 1)).squeeze(1), phi[0](b.s_next)
     x = [m(b.s) for m in phi]
     loss = v_loss([v(i, m(b.g_v)) for i, m in zip(x, phi, strict=True)], old_v, old_next, b.hit, c)
     y = ((next_x - x[0].detach()) * z).sum(1) + c.discount * next_v
     delta = old_q - value(sz).squeeze(1)
     loss = loss + expectile(delta, delta, c.skill_expectile)
-    loss = loss + sum((m(sza).squeeze(1) - y).square().mean() for m in critic)
+    loss = loss + total((m(sza).squeeze(1) - y).square().mean() for m in critic)
     return loss + awr(n["skill_actor"][0](sz), b.a, delta.detach(), c.alpha, n["log_std"][0].clamp(-5, 2))
 
 
@@ -269,6 +274,13 @@ LOSSES: Mapping[str, Callable[[Nets, Rows, Any], Tensor]] = {
 
 
 # -- data and loop -------------------------------------------------------------------------------------------------------
+
+
+def features(x: Tensor, frequencies: int) -> Tensor:
+    """(N, D) -> (N, D (1 + 2 F)), with sines and cosines of F octaves."""
+    phases = [torch.pi * 2.0**k * x for k in range(-1, frequencies - 1)]
+    waves = torch.stack(phases, 2).flatten(1) if phases else x[:, :0]
+    return torch.cat([x, waves.sin(), waves.cos()], 1)
 
 
 class Loop:
@@ -286,9 +298,11 @@ class Loop:
     def __init__(self, method: str, observations: Tensor, next_observations: Tensor, actions: Tensor, final: Tensor,
                  config: Any, rng: torch.Generator):  # fmt: skip
         center, scale = (observations.mean(0), observations.std(0, correction=0)) if config.normalise else (0, 1)
-        self.obs, self.next = (observations - center) / scale, (next_observations - center) / scale
+        self.obs, self.next = (
+            features((x - center) / scale, config.frequencies) for x in (observations, next_observations)
+        )
         self.actions, self.final, self.config, self.rng = actions, final, config, rng
-        self.nets, targets = networks(method, observations.shape[1], actions.shape[1], config)
+        self.nets, targets = networks(method, self.obs.shape[1], actions.shape[1], config)
         for name in targets:
             self.nets[name].load_state_dict(self.nets[targets[name]].state_dict())
             self.nets[name].requires_grad_(False)

@@ -66,9 +66,10 @@ def rows_of(batch: GoalBatch) -> Rows:
     def flat(name: str) -> Tensor | None:
         return batch.more[name].flat if name in batch.more else None
 
-    values: Any = (batch.s.flat, batch.s_next.flat, batch.g_v.flat, batch.g_a.flat)
+    s, s_next, g_v, g_a = (x.flat for x in (batch.s, batch.s_next, batch.g_v, batch.g_a))
+    assert s is not None and s_next is not None and g_v is not None and g_a is not None
     w, target, z = (flat(name) for name in ("low_actor_goals", "high_actor_targets", "skills"))
-    return Rows(*values, batch.a, batch.at_goal, w, target, z)
+    return Rows(s, s_next, g_v, g_a, batch.a, batch.at_goal, w, target, z)
 
 
 def both(method: str, shape: tuple[int, int]) -> tuple[GoalAgent, Loop, GoalBatch]:
