@@ -19,6 +19,7 @@ from clbench.registry import entries, load_object, resolve
 
 # ids that exist once a package has been imported: prefix -> package
 PROVIDERS = {"MiniGrid-": "minigrid", "BabyAI-": "minigrid"}
+OGBENCH = "ogbench/"  # ids of OGBench's own environments begin so
 BATCH_ARGUMENTS = ("num_envs", "device", "autoreset")
 
 
@@ -29,8 +30,8 @@ def make_env(
 
     Args:
         env_id: a registered environment of clbench (``clbench/...``), ``MiniGrid-...``, any other Gymnasium id
-            (``module:id`` imports the module that registers it first), or ``module:Class`` (a batched class or a
-            ``gymnasium.Env``).
+            (``module:id`` imports the module that registers it first), ``ogbench/NAME`` (OGBench's own), or
+            ``module:Class`` (a batched class or a ``gymnasium.Env``).
         num_envs: number of rows.
         device: where observations, rewards and actions live.
         autoreset: ``"same_step"`` (training) or ``"disabled"`` (evaluation), see :class:`clbench.VectorEnv`.
@@ -45,6 +46,8 @@ def make_env(
     batch = {"num_envs": num_envs, "device": device, "autoreset": autoreset}
     where = f"environment {env_id!r}"
     target = _find(env_id)
+    if isinstance(env_id, str) and env_id.startswith(OGBENCH):
+        kwargs = {**kwargs, "name": env_id.removeprefix(OGBENCH)}
     if isinstance(target, EnvSpec):
         return GymnasiumVectorEnv(_gymnasium_factory(target, kwargs, where), name=env_id, **batch)
     if inspect.isclass(target) and issubclass(target, gymnasium.Env):
@@ -59,6 +62,8 @@ def _find(env_id: str) -> Any:
         raise ConfigError(f"The environment must be an id or 'module:Class', got {env_id!r}.")
     if env_id in entries("envs"):
         return resolve("envs", env_id)
+    if env_id.startswith(OGBENCH):
+        return load_object("clbench.envs.ogbench:OGBenchEnv")
     module, _, name = env_id.rpartition(":")
     for prefix, package in PROVIDERS.items():
         if name.startswith(prefix):

@@ -1,4 +1,4 @@
-"""Data sets in files: named by their path, or imported into the data folder under a name of their own."""
+"""Data sets in files: named by their path, imported into the data folder under a name of their own, or OGBench's."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from clbench.errors import ConfigError, DataError, unknown_name
 from clbench.records import unwritable
 
 PREFIX = "imported/"
+OGBENCH = "ogbench/"
+OGBENCH_FOLDER = "~/.ogbench/data"  # where OGBench keeps its own
+OGBENCH_SOURCE = "https://rail.eecs.berkeley.edu/datasets/ogbench"
 HDF5 = (".hdf5", ".h5")
 SUFFIXES = (".npz", *HDF5)
 
 
 def is_file(name: str) -> bool:
-    """Whether a data-set name is that of a file or of imported data."""
-    return name.startswith(PREFIX) or name.endswith(SUFFIXES)
+    """Whether a data-set name is that of a file, of imported data, or of a file of OGBench."""
+    return name.startswith((PREFIX, OGBENCH)) or name.endswith(SUFFIXES)
 
 
 def reader_of(name: str) -> Callable[..., OfflineDataset]:
@@ -36,6 +39,8 @@ def reader_of(name: str) -> Callable[..., OfflineDataset]:
         if not path.exists():
             raise unknown_name("imported data set", name, [PREFIX + n for n in imported_names()])
         return _stored(path)
+    if name.startswith(OGBENCH):
+        return _ogbench(ogbench_path(name.removeprefix(OGBENCH)))
     path = Path(name).expanduser()
     if not path.exists():
         raise DataError(f"There is no data set at {path}.")
@@ -60,6 +65,25 @@ def imported_path(name: str) -> Path:
             f"{name!r} cannot be the name of imported data; use letters, digits, '-', '_', '.' and '=', and no '/'."
         )
     return data_folder() / "imported" / f"{name}.npz"
+
+
+def ogbench_path(name: str) -> Path:
+    """The file of OGBench's data set ``name``, in the data folder or in OGBench's own.
+
+    Raises:
+        ConfigError: the name would leave the folder.
+        DataError: it is in neither; says where to get it and where to put it.
+    """
+    if not re.fullmatch(r"\w[\w.=-]*", name):
+        raise ConfigError(f"{name!r} is not the name of a data set of OGBench, such as 'antmaze-large-navigate-v0'.")
+    folders = [data_folder() / "ogbench", Path(OGBENCH_FOLDER).expanduser()]
+    for folder in folders:
+        if (folder / f"{name}.npz").exists():
+            return folder / f"{name}.npz"
+    raise DataError(
+        f"OGBench's data set {name!r} is not on this machine. Download {OGBENCH_SOURCE}/{name}.npz to {folders[0]} or "
+        f"{folders[1]}."
+    )
 
 
 def store_imported(dataset: OfflineDataset, name: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from clbench.config import build, options_of
 from clbench.contracts import Metric, Task, TaskList
-from clbench.data.files import is_file
+from clbench.data.files import OGBENCH, is_file
 from clbench.data.recipes import RECIPES
 from clbench.data.registry import dataset_id, parse_dataset_id
 from clbench.errors import ConfigError, unknown_name
@@ -34,6 +34,8 @@ def stream_of(identifier: str) -> Callable[..., Suite]:
         ConfigError: a data set without a task.
     """
     name, options = parse_dataset_id(identifier)
+    if name.startswith(OGBENCH):
+        return _ogbench(identifier)
     if is_file(name):
         return _of_file(identifier)
     if name not in RECIPES:
@@ -144,6 +146,25 @@ def _ogbench_maze(name: str) -> Callable[..., Suite]:
         kwargs = {"maze": maze, "step_size": step_size, "max_episode_steps": max_steps}
         task = Task(maze, "clbench/OGBenchPointMaze-v0", kwargs, data, trials, "success")
         return Suite(name, [task], updates=UPDATES, env_steps=ENV_STEPS)
+
+    return stream
+
+
+def _ogbench(identifier: str) -> Callable[..., Suite]:
+    name = parse_dataset_id(identifier)[0]
+
+    def stream(*, max_steps: int | None = None, episodes: int = 250) -> Suite:
+        """The five tasks of an environment of OGBench.
+
+        Args:
+            max_steps: steps after which an evaluation episode is over; OGBench's own limit by default.
+            episodes: evaluation episodes, told apart by their seeds; number ``i`` is of task ``1 + i % 5``.
+        """
+        plain = TaskList.from_seeds(episodes)
+        tasks = tuple(1 + i % 5 for i in range(episodes))
+        trials = TaskList(f"{name}-{plain.name}", plain.seeds, {"task_id": tasks})
+        kwargs = {} if max_steps is None else {"max_episode_steps": max_steps}
+        return Suite(identifier, [Task(name, name, kwargs, identifier, trials, "success")], UPDATES, ENV_STEPS)
 
     return stream
 
