@@ -79,18 +79,21 @@ HILP_CASE = "hilp_gcrl_default"
 @mistake(GCIVL_CASE)
 @mistake(HILP_CASE)
 def layer_norm_before_the_activation(m: pytest.MonkeyPatch) -> None:
-    def forward(self: MLP, x: Tensor, frozen: bool) -> Tensor:
-        h = x.expand(len(self.kernels[0]), *x.shape)
-        layers = self._layers(frozen)
-        for i, (kernel, bias, scale, shift) in enumerate(layers):
-            h = torch.baddbmm(bias[:, None], h, kernel)
-            if i < len(layers) - 1:
-                if scale is not None and shift is not None:
-                    h = functional.layer_norm(h, h.shape[-1:], eps=1e-6) * scale[:, None] + shift[:, None]
-                h = self.activation(h)
-        return h
+    def forward(self: MLP, x: Tensor, *, frozen: bool = False) -> Tensor:
+        def p(group: Any, i: int) -> Tensor:
+            return group[i].detach() if frozen else group[i]
 
-    m.setattr(MLP, "_looped", forward)
+        h, last = x.expand(len(self.kernels[0]), *x.shape), len(self.kernels) - 1
+        for i in range(last + 1):
+            h = torch.baddbmm(p(self.biases, i)[:, None], h, p(self.kernels, i))
+            if i < last:
+                if len(self.scales):
+                    h = functional.layer_norm(h, h.shape[-1:], eps=1e-6)
+                    h = h * p(self.scales, i)[:, None] + p(self.shifts, i)[:, None]
+                h = self.activation(h)
+        return h[0] if self.members is None else h
+
+    m.setattr(MLP, "forward", forward)
 
 
 @mistake(GCIVL_CASE)
