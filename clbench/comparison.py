@@ -40,7 +40,7 @@ from clbench.metrics.comparison import compare_scores
 from clbench.records import RunDirectory, content_hash, provenance, read_json, write_bytes, write_json
 from clbench.registry import resolve
 from clbench.report.comparison import comparison_text, write_comparison
-from clbench.report.runs import Run, load_run
+from clbench.report.runs import REFERENCES, Run, load_run
 from clbench.rng import sealed_global_rng, torch_generator
 from clbench.streams.core import resolve_stream
 
@@ -225,10 +225,12 @@ def _cell(
     of_agent = {**({"preset": preset} if preset else {}), **agent_options}
     settings = {**common, "stream": dataset, "agent": agent, "seed": seed, "tensorboard": False, "agent_options": of_agent,
                 "stream_options": of_stream}  # fmt: skip
+    if common.get("budget") is None and not isinstance(resolve_stream(dataset), Stream):
+        settings["budget"] = BUDGETS[scale].get(agent, BUDGETS[scale]["*"])
     config = build(RunConfig, settings, where="compare")
     resolved = resolve_run(config)
-    if config.budget is None and resolved.unit == "updates":
-        config = dataclasses.replace(config, budget=BUDGETS[scale].get(agent, BUDGETS[scale]["*"]))
+    if common.get("budget") is None and resolved.unit != "updates":
+        config = dataclasses.replace(config, budget=None)  # environment steps: the stream knows how many
         resolved = resolve_run(config)
     used = getattr(resolved.agent_config, "preset", None)
     return Cell(dataset, agent, seed, used, resolved, default_out(config, out), command_of(config))
@@ -421,20 +423,20 @@ class _Controller(Agent):
 def reference_lines(cell: Cell, out: Path) -> dict[str, Any]:
     """Success of the random agent and of the environment's own controllers on the cell's frozen episodes.
 
-    They are kept in ``out`` and made again when the episodes or the environment have changed.
+    They do not depend on the data, so data sets with the same task share them. They are kept in ``out``, and made again
+    when the episodes or the environment have changed.
 
     Returns:
         ``{"lines": {name: {"success", "episodes"}}, "absent": {name: why}}``
     """
     stream = cell.resolved.stream
-    path = cell.path.parents[1] / "references.json"
-    key = content_hash([stream.to_dict()["tasks"], [_env_code(t) for t in stream.tasks], clbench.__version__,
-                        torch.__version__])  # fmt: skip
+    tasks = [{k: v for k, v in t.items() if k != "dataset_id"} for t in stream.to_dict()["tasks"]]
+    code = [_env_code(t) for t in stream.tasks]
+    key = content_hash([tasks, code, clbench.__version__, torch.__version__, cell.resolved.config.device])
+    path = out / REFERENCES / f"{key}.json"
     if path.exists():
         with contextlib.suppress(ClbenchError):
-            kept = read_json(path)
-            if kept.get("key") == key:
-                return {"lines": kept["lines"], "absent": kept["absent"]}
+            return read_json(path)
     lines, absent = {}, {}
     for name in ("random", *CONTROLLERS):
         try:
@@ -448,7 +450,7 @@ def reference_lines(cell: Cell, out: Path) -> dict[str, Any]:
         flat = np.concatenate([s for s in scores if s is not None])
         lines[name] = {"success": float(flat.mean()), "episodes": len(flat)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"key": key, "lines": lines, "absent": absent})
+    write_json(path, {"lines": lines, "absent": absent})
     return {"lines": lines, "absent": absent}
 
 
@@ -502,8 +504,8 @@ def load_row(cell: Cell, scale: str, problem: str | None) -> dict[str, Any]:
             "threads": config.threads, "command": cell.command}  # fmt: skip
     found = _load(cell)
     if found is None or found.problem is not None:
-        stopped = "missing" if found is None else "interrupted"
-        row |= {"status": stopped if problem is None else "failed", "problem": problem or (found and found.problem)}
+        stopped, why = ("missing", _why_missing(cell)) if found is None else ("interrupted", found.problem)
+        row |= {"status": stopped if problem is None else "failed", "problem": problem or why}
         return row
     scores = episode_scores(found)
     times = found.timing.get("wall_time_s", {})
@@ -516,6 +518,12 @@ def load_row(cell: Cell, scale: str, problem: str | None) -> dict[str, Any]:
         "peak_memory_bytes": found.timing.get("peak_memory_bytes"), "git": found.provenance.get("git"),
     }  # fmt: skip
     return row
+
+
+def _why_missing(cell: Cell) -> str:
+    if (cell.path / "config.json").exists():
+        return "its folder holds an unreadable run, or one of another configuration (has its code changed meanwhile?)"
+    return "it was not begun"
 
 
 def _load(cell: Cell) -> Run | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import signal
 import threading
@@ -130,7 +131,7 @@ class Resolved:
     stream: Stream
     unit: Unit
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Changes with everything that changes the result."""
         options = ("agent_options", "stream_options", "schedule_options")  # agent_config and stream say it in full

@@ -263,10 +263,8 @@ def _overall(content: Content) -> str:
         "whole seeds are resampled. Performance profile: share of these pairs with a success above the threshold, with the "
         "pointwise 95 % interval; a curve that lies above another everywhere is better everywhere."
     )
-    return (
-        f"<h2>Over all data sets</h2>{table(('Agent', 'Seeds', 'IQM of success'), rows, text_columns=(1,))}{_profile(content)}"
-        f"{_note(content, text)}{_improvement(content, wins)}"
-    )
+    listing = table(("Agent", "Seeds", "IQM of success"), rows, text_columns=(1,))
+    return f"<h2>Over all data sets</h2>{listing}{_profile(content)}{_note(content, text)}{_improvement(content, wins)}"
 
 
 def _profile(content: Content) -> str:
