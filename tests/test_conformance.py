@@ -12,6 +12,8 @@ from clbench.registry import entries, resolve
 from clbench.testing import check_agent, check_env, run_check
 from clbench.testing.fixtures import ALL_FIXTURES, FIXTURES, Fixture
 
+# discrete actions allow awr only; ddpg-bc, the default, is checked in tests/agents/test_gcrl_streams.py
+GOALS: dict[str, Any] = {"hidden": (8,), "batch_size": 8}
 # options that make a registered agent small and quick; an agent that is not named here is checked with its defaults
 CONFIGS: dict[str, dict[str, Any]] = {
     "bc": {"hidden": (16,), "batch_size": 8},
@@ -20,6 +22,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architecture": {"latent": 4, "encoder_hidden": (8,), "hidden": (8,), "channels": (4, 4, 4)},
         "planner_options": {"horizon": 8, "samples": 16, "elites": 4, "iterations": 1},
     },
+    "gcbc": GOALS,
+    "gcivl": GOALS,
+    "gciql": {**GOALS, "actor_loss": "awr", "alpha": 3.0},
+    "qrl": {**GOALS, "actor_loss": "awr", "alpha": 3.0, "latent_dim": 16},
+    "crl": {**GOALS, "actor_loss": "awr", "alpha": 3.0, "latent_dim": 16},
+    "hiql": GOALS,
+    "hilp": GOALS,
+    "hilp-zero-shot": {**GOALS, "map_hidden": (8, 8)},
     "sb3-ppo": {"hidden": (16,), "rollout_steps": 32, "batch_size": 16, "n_epochs": 2},
     "sb3-dqn": {
         "hidden": (16,), "buffer_size": 256, "learning_starts": 32, "batch_size": 8, "target_update_interval": 32,
@@ -28,7 +38,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sb3-td3": {"hidden": (16,), "buffer_size": 256, "learning_starts": 32, "batch_size": 8},
 }  # fmt: skip
 # enough for several updates and for two interruptions in the middle
-BUDGETS = {"bc": 12, "pldm": 12, "sb3-ppo": 192, "sb3-dqn": 192, "sb3-sac": 192, "sb3-td3": 192}
+OFFLINE = ("gcbc", "gcivl", "gciql", "qrl", "crl", "hiql", "hilp", "hilp-zero-shot")
+SB3 = ("sb3-ppo", "sb3-dqn", "sb3-sac", "sb3-td3")
+BUDGETS = {**dict.fromkeys(("bc", "pldm", *OFFLINE), 12), **dict.fromkeys(SB3, 192)}
 
 
 def check(name: str, candidates: Sequence[Fixture]) -> None:
