@@ -223,47 +223,45 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, *, frozen: bool = False) -> Tensor:
         """``frozen`` lets the gradient through to ``x``, but not to the parameters."""
-        if self.members is None:
-            return self._member(
-                x, [[None if p is None else p.squeeze(0) for p in layer] for layer in self._layers(frozen)]
-            )
-        return self._stacked(x, frozen) if x.is_cuda else self._looped(x, frozen)
-
-    def _layers(self, frozen: bool) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-        layers: list[Any] = []
-        for i, (kernel, bias) in enumerate(zip(self.kernels, self.biases, strict=True)):
-            norm = (self.scales[i], self.shifts[i]) if i < len(self.scales) else (None, None)
-            layers.append(tuple(None if p is None else _use(p, frozen) for p in (kernel, bias, *norm)))
-        return layers
-
-    def _stacked(self, x: Tensor, frozen: bool) -> Tensor:
-        """All members in one launch per operation: what a GPU waits for."""
-        layers = self._layers(frozen)
-        h = x.expand(len(self.kernels[0]), *x.shape)
-        for i, (kernel, bias, scale, shift) in enumerate(layers):
-            h = torch.baddbmm(bias[:, None], h, kernel)
-            if i < len(layers) - 1:
-                h = self.activation(h)
-                if scale is not None and shift is not None:
-                    h = functional.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS) * scale[:, None] + shift[:, None]
-        return h
-
-    def _looped(self, x: Tensor, frozen: bool) -> Tensor:
-        """Member after member, with fused LayerNorm: a tenth faster on a CPU."""
-        layers = [[None if p is None else p.unbind(0) for p in layer] for layer in self._layers(frozen)]
-        members = range(len(self.kernels[0]))
-        return torch.stack(
-            [self._member(x, [[None if p is None else p[e] for p in layer] for layer in layers]) for e in members]
+        groups = self.kernels, self.biases, self.scales, self.shifts
+        # what iterating over a ParameterList gives, without the time it takes
+        kernels, biases, scales, shifts = (
+            [_use(p, frozen) for p in g._parameters.values() if p is not None] for g in groups
         )
+        if self.members is None:
+            # biases (1, n) broadcast as they are
+            return self._member(
+                x,
+                [p.squeeze(0) for p in kernels],
+                biases,
+                [p.squeeze(0) for p in scales],
+                [p.squeeze(0) for p in shifts],
+            )
+        if x.is_cuda:
+            return self._stacked(x, kernels, biases, scales, shifts)
+        split = [[p.unbind(0) for p in group] for group in (kernels, biases, scales, shifts)]
+        return torch.stack([self._member(x, *([p[e] for p in g] for g in split)) for e in range(self.members)])
 
-    def _member(self, h: Tensor, layers: Sequence[Sequence[Tensor | None]]) -> Tensor:
-        """One network: kernel (in, out), bias, scale and shift of each layer."""
-        for kernel, bias, scale, shift in layers[:-1]:
-            h = self.activation(torch.addmm(bias, h, kernel))  # type: ignore[arg-type]
-            if scale is not None:
-                h = functional.layer_norm(h, h.shape[-1:], scale, shift, LAYER_NORM_EPS)
-        kernel, bias, *_ = layers[-1]
-        return torch.addmm(bias, h, kernel)  # type: ignore[arg-type]
+    def _member(
+        self, h: Tensor, kernels: list[Tensor], biases: list[Tensor], scales: list[Tensor], shifts: list[Tensor]
+    ) -> Tensor:
+        """One network, with fused LayerNorm: member after member is a tenth faster on a CPU than all at once."""
+        for i in range(len(kernels) - 1):
+            h = self.activation(torch.addmm(biases[i], h, kernels[i]))
+            if scales:
+                h = torch.layer_norm(h, scales[i].shape, scales[i], shifts[i], LAYER_NORM_EPS)
+        return torch.addmm(biases[-1], h, kernels[-1])
+
+    def _stacked(
+        self, x: Tensor, kernels: list[Tensor], biases: list[Tensor], scales: list[Tensor], shifts: list[Tensor]
+    ) -> Tensor:
+        """All members in one launch per operation: what a GPU waits for."""
+        h = x.expand(len(kernels[0]), *x.shape)
+        for i in range(len(kernels) - 1):
+            h = self.activation(torch.baddbmm(biases[i][:, None], h, kernels[i]))
+            if scales:
+                h = functional.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS) * scales[i][:, None] + shifts[i][:, None]
+        return torch.baddbmm(biases[-1][:, None], h, kernels[-1])
 
 
 class ImpalaSmall(nn.Module):
