@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clbench.agents.gcrl.base import GoalAgent, GoalBatch, GoalConfig
 from clbench.agents.gcrl.losses import detached
 from clbench.agents.gcrl.networks import Actor, Distribution, Input
+from clbench.data.dataset import OfflineDataset
 
 
 class GCBC(GoalAgent):
@@ -31,6 +32,12 @@ class GCBC(GoalAgent):
     def build(self, rng: torch.Generator) -> dict[str, nn.Module]:
         shapes = (self.inputs.state_shape, self.inputs.goal_shape)
         return {"actor": Actor(shapes, self.config.hidden, self.action_size, rng=rng, **self.actor_options)}
+
+    def sample(self, data: OfflineDataset, rng: torch.Generator) -> GoalBatch:
+        """Only the actor has goals."""
+        index = data.sample_index(self.config.batch_size, rng)
+        goal = data.sample_goals(index, self.config.actor_sampling, rng)
+        return self.batch(data, index, goal, goal)
 
     def loss(self, batch: GoalBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss = -self.actor(batch.s, batch.g_a).log_prob(batch.a).mean()

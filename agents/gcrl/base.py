@@ -77,6 +77,7 @@ class GoalConfig:
         batch_size: transitions per update.
         discount: gamma; also of geometric goals.
         normalise: centre and scale states and goals by statistics of the first data. The reference does not.
+        frequencies: sines and cosines per number of states and goals. The reference has none.
         value_p_current, value_p_trajectory, value_p_random: how the value's goals are drawn; they sum to 1.
         value_geometric: the value's trajectory goals at a geometric distance instead of uniformly.
         actor_p_trajectory, actor_p_random: how the actor's goals are drawn; they sum to 1.
@@ -91,6 +92,7 @@ class GoalConfig:
     batch_size: int | None = None
     discount: float | None = None
     normalise: bool | None = None
+    frequencies: int | None = None
     value_p_current: float | None = None
     value_p_trajectory: float | None = None
     value_p_random: float | None = None
@@ -171,7 +173,7 @@ class GoalAgent(Agent):
             )
         self.discrete = isinstance(spaces.action, Discrete)
         self.action_size = action_size(spaces.action)
-        self.inputs = Inputs(spaces.observation).to(device)
+        self.inputs = Inputs(spaces.observation, config.frequencies).to(device)
         self.scale = Scale(spaces.action).to(device) if isinstance(spaces.action, Box) else None
         self.networks = nn.ModuleDict(self.build(rng)).to(device)
         for target, source in self.targets.items():
@@ -221,6 +223,18 @@ class GoalAgent(Agent):
             raise ContractError(
                 f"Agent {self.name!r} learns from a data set, but the experience of this phase has none."
             )
+        self.prepare(data)
+        for step in range(1, budget + 1):
+            info = self.update(self.sample(data, rng))
+            report = self.updates % self.config.log_every == 0 or step == budget
+            yield {"step": step, **({k: v.item() for k, v in info.items()} if report else {})}
+
+    def prepare(self, data: OfflineDataset) -> None:
+        """Before the first update on ``data``: check it, and fit the inputs to the first data there are.
+
+        Raises:
+            DataError: goals cannot be drawn.
+        """
         if not data.is_goal:
             raise DataError(
                 f"Agent {self.name!r} draws goals from what was achieved, but data set {data.name!r} has no achieved_goal; "
@@ -229,10 +243,6 @@ class GoalAgent(Agent):
         if self.config.normalise and self.updates == 0:  # once: later data must not change what the weights mean
             count = min(FIT_ROWS, len(data))
             self.inputs.fit(data.observation(torch.arange(count, device=data.device) * len(data) // count))
-        for step in range(1, budget + 1):
-            info = self.update(self.sample(data, rng))
-            report = self.updates % self.config.log_every == 0 or step == budget
-            yield {"step": step, **({k: v.item() for k, v in info.items()} if report else {})}
 
     def sample(self, data: OfflineDataset, rng: torch.Generator) -> GoalBatch:
         """A random batch with goals."""
@@ -246,16 +256,17 @@ class GoalAgent(Agent):
     ) -> GoalBatch:
         """The batch of rows ``index`` (B,) with goals of rows ``value_goal``, ``actor_goal`` and ``more``, (B,) each."""
         obs, following = data.observation(index), data.next_observation(index)
-        s, s_next = self.inputs.state(obs), self.inputs.state(following)
-        achieved, achieved_next = s, s_next
-        if not self.inputs.same:
-            achieved, achieved_next = (self.inputs.goal(o["achieved_goal"]) for o in (obs, following))
         values = data.observations["achieved_goal"]
-        goals = {name: self.inputs.goal(values[rows]) for name, rows in more.items()}
-        g_v, g_a = self.inputs.goal(values[value_goal]), self.inputs.goal(values[actor_goal])
+        goals = [values[rows] for rows in (value_goal, actor_goal, *more.values())]
+        key = "observation" if self.inputs.same else "achieved_goal"
+        achieved, achieved_next, g_v, g_a, *rest = self.inputs.goals(obs[key], following[key], *goals)
+        s, s_next = achieved, achieved_next
+        if not self.inputs.same:
+            s, s_next = self.inputs.state(obs), self.inputs.state(following)
         at_goal = (index == value_goal).to(torch.float32)
         actions, context = self.encode_actions(data.actions[index]), self.inputs.context(obs)
-        return GoalBatch(s, s_next, g_v, g_a, actions, at_goal, achieved, achieved_next, context, goals)
+        return GoalBatch(s, s_next, g_v, g_a, actions, at_goal, achieved, achieved_next, context,
+                         dict(zip(more, rest, strict=True)))  # fmt: skip
 
     def update(self, batch: GoalBatch) -> dict[str, Tensor]:
         """One step of Adam on ``loss``."""

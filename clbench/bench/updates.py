@@ -14,17 +14,24 @@ process, in rounds whose order is shuffled.
 
 from __future__ import annotations
 
-from typing import Any
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Dict
 
-from clbench.bench.minimal_gcrl import Loop
-from clbench.contracts import Agent, Spaces
+from clbench.agents.gcrl.base import GoalAgent
+from clbench.agents.gcrl.seeds import SeedBatch
+from clbench.bench.minimal_gcrl import LOSSES, Loop
+from clbench.bench.rollouts import CLOCKS, LIMIT, OURS, _wait
+from clbench.contracts import Agent, Experience, Spaces
 from clbench.data.dataset import OfflineDataset
+from clbench.errors import ConfigError, unknown_name
 from clbench.registry import resolve
-from clbench.rng import torch_generator
+from clbench.rng import sealed_global_rng, seed_global, torch_generator
 
 # agent, or agent:actor_loss
 METHODS = (
@@ -73,3 +80,154 @@ def hand_written(method: str, data: OfflineDataset, config: Any, seed: int = 0) 
     following = data.next_observation(torch.arange(len(data), device=data.device))["observation"]
     observations = data.observations["observation"]
     return Loop(method.partition(":")[0], observations, following, data.actions, data.final, config, rng)
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------------
+
+BATCHED = "clbench, seeds as a batch"
+Update = Callable[[], Any]
+
+
+def bench_updates(
+    agents: Sequence[str] = DEFAULT, *, preset: Literal["small", "ogbench"] = "small", obs: int = 2, act: int = 2,
+    seeds: int = 1, device: str = "cpu", threads: int | None = None, rounds: int | None = None,
+    clock: Literal["wall", "cpu"] = "wall", quick: bool = False, note: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measure the updates of agents.
+
+    Args:
+        agents: gcbc, gcivl, gciql, qrl, crl, hiql, hilp, bc, pldm; with an actor loss after a colon where there are two, as
+            in gciql:awr. bc and pldm have no limit.
+        preset: small or ogbench; bc and pldm have their own defaults.
+        obs: numbers in an observation, which is also what is achieved.
+        act: numbers in an action.
+        seeds: trainings at once; with more than one, ours are also measured with the seeds as an axis of all tensors.
+        device: where everything is computed.
+        threads: of torch during the measurement; default as they are.
+        rounds: times that everything is measured; default as many as fit 20 seconds, at least 5.
+        clock: "wall" time, or the "cpu" time of the process, which on a machine that is shared says more if there is one
+            thread; a thread that waits for others counts too.
+        quick: tiny sizes and one round, for tests; the numbers mean nothing.
+        note: is told how far it is.
+
+    Returns:
+        One dict per implementation and agent, see the module.
+
+    Raises:
+        ConfigError: unknown names, or sizes below 1.
+    """
+    agents = [name for names in agents for name in names.split(",")]
+    known = sorted({*DEFAULT, *METHODS, *(m.partition(":")[0] for m in METHODS)})
+    for kind, names, choices in (("agent", agents, known), ("preset", [preset], ("small", "ogbench")),
+                                 ("clock", [clock], CLOCKS)):  # fmt: skip
+        for name in names:
+            if name not in choices:
+                raise unknown_name(kind, name, choices)
+    for name, value in {"obs": obs, "act": act, "seeds": seeds, "rounds": rounds, "threads": threads}.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}.")
+    before = torch.get_num_threads()
+    data = point_maze_like(obs, act, *((5, 120) if quick else ())).to(device)
+    rows: list[dict[str, Any]] = []
+    with sealed_global_rng():
+        torch.set_num_threads(threads or before)
+        try:
+            for method in agents:
+                options: dict[str, Any] = {"hidden": (16, 16), "batch_size": 8} if quick else {}
+                options |= {"preset": preset} if method.partition(":")[0] in LOSSES else {}
+                if method == "pldm":
+                    options.pop("hidden", None)
+                seed_global(0)  # nn.Linear draws from the process-wide generator
+                updates, config = _implementations(method, data, options, seeds, device)
+                times = _measure(updates, rounds or (1 if quick else None), CLOCKS[clock], device, method, note)
+                rows += _rows(times, method, preset, config, (obs, act), seeds, device, clock)
+        finally:
+            torch.set_num_threads(before)
+    return rows
+
+
+def _implementations(
+    method: str, data: OfflineDataset, options: Mapping[str, Any], seeds: int, device: str
+) -> tuple[dict[str, Update], Any]:
+    """One update of every seed, by implementation; and the resolved options."""
+    name = method.partition(":")[0]
+
+    def learning(agent: Agent, seed: int) -> Iterator[Mapping[str, float]]:
+        rng = torch_generator(seed, "bench", "updates", "learn", device=device)
+        return iter(agent.learn(Experience(dataset=data), 10**9, rng=rng))
+
+    agents = [make_agent(method, data, seed=seed, device=device, **options) for seed in range(seeds)]
+    loops = [learning(agent, seed) for seed, agent in enumerate(agents)]
+    config = agents[0].config
+    updates: dict[str, Update] = {OURS: lambda: [next(loop) for loop in loops]}
+    if name in LOSSES:
+        written = [hand_written(method, data, config, seed) for seed in range(seeds)]
+        updates[LIMIT] = lambda: [loop.update() for loop in written]
+    if name in LOSSES and seeds > 1:
+        others = [make_agent(method, data, seed=seed, device=device, **options) for seed in range(seeds)]
+        batch = SeedBatch([a for a in others if isinstance(a, GoalAgent)])
+        rngs = [torch_generator(seed, "bench", "updates", "learn", device=device) for seed in range(seeds)]
+        together = batch.learn(data, 10**9, rngs=rngs)
+        updates[BATCHED] = lambda: next(together)
+    return updates, config
+
+
+def _measure(
+    updates: Mapping[str, Update], rounds: int | None, clock: Callable[[], float], device: str, method: str,
+    note: Callable[[str], None],
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds per update of each implementation in each round; the order differs from round to round."""
+    calls: dict[str, int] = {}
+    seconds = 0.0
+    for name, update in updates.items():
+        for _ in range(3):
+            update()
+        once = _seconds(update, 3, time.perf_counter, device)
+        calls[name] = max(1, round(SHORT / once))
+        seconds += once * calls[name]
+    rounds = rounds or min(max(round(SECONDS / seconds), ROUNDS[0]), ROUNDS[1])
+    note(f"{method}: {len(updates)} rows, {rounds} rounds of about {seconds:.1f} s")
+    times: dict[str, list[float]] = {name: [] for name in updates}
+    order, names = torch_generator(0, "bench", "order"), list(updates)
+    for _ in range(rounds):
+        for i in torch.randperm(len(names), generator=order).tolist():
+            name = names[i]
+            times[name].append(_seconds(updates[name], calls[name], clock, device))
+    return times
+
+
+def _seconds(update: Update, calls: int, clock: Callable[[], float], device: str) -> float:
+    _wait(device)
+    begin = clock()
+    for _ in range(calls):
+        update()
+    _wait(device)
+    return (clock() - begin) / calls
+
+
+def _rows(
+    times: Mapping[str, list[float]], method: str, preset: str, config: Any, shape: tuple[int, int], seeds: int,
+    device: str, clock: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    limit = times.get(LIMIT)
+    return [
+        {
+            "name": f"{method} {name}",
+            "device": device,
+            "value": seeds / statistics.median(own),
+            "unit": "updates/s",
+            "ratio_to_limit": limit and statistics.median(b / a for a, b in zip(own, limit, strict=True)),
+            "agent": method,
+            "preset": getattr(config, "preset", None),
+            "implementation": name,
+            "obs": shape[0],
+            "act": shape[1],
+            "seeds": seeds,
+            "batch_size": config.batch_size,
+            "hidden": list(config.hidden) if hasattr(config, "hidden") else None,
+            "threads": torch.get_num_threads(),
+            "clock": clock,
+            "rounds": len(own),
+        }
+        for name, own in times.items()
+    ]

@@ -30,7 +30,7 @@ usage: clbench VERB [ARGUMENTS] [--traceback]
   data (list|info|make|import|export)  offline data: what there is, from and to Minari and OGBench
   list [KIND] [--json]                 agents, envs, streams, schedules, planners, methods, datasets
   check PLUGIN                         conformance suite on module:Class or a registered name
-  bench (envs|rollouts) [--json]       speed beside the limit of the hardware
+  bench (envs|rollouts|updates)        speed beside the limit of the hardware
 
 Give a verb and --help for its options."""
 
@@ -340,29 +340,41 @@ def _bench_envs(arguments: Arguments) -> int:
     return 0
 
 
-def _bench_rollouts(arguments: Arguments) -> int:
+def _bench_options(function: Callable[..., Any], several: Sequence[str], arguments: Arguments, summary: str) -> Any:
+    """The parameters of a benchmark as options, with ``json``; ``several`` take more than one name, also as ``--name``."""
     import inspect
 
     import tyro
 
-    from clbench.bench.rollouts import bench_rollouts
+    helps = _argument_help(function.__doc__ or "")
+    fields: list[Any] = [("json", Annotated[bool, tyro.conf.arg(help="print a list of rows")], False)]
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if name != "note":
+            option = tyro.conf.arg(help=helps[name], aliases=[f"--{name[:-1]}"] if name in several else None)
+            kind = Annotated[tuple[str, ...] if name in several else parameter.annotation, option]
+            fields.append((name, kind, dataclasses.field(default=parameter.default)))
+    prog = "clbench bench " + function.__name__.removeprefix("bench_")
+    return _parse(dataclasses.make_dataclass("Bench", fields), arguments, prog, summary)
+
+
+def _measured(function: Callable[..., Any], parsed: Any) -> list[dict[str, Any]]:
     from clbench.experiments import check_device
 
-    helps = _argument_help(bench_rollouts.__doc__ or "")
-    fields: list[Any] = [("json", Annotated[bool, tyro.conf.arg(help="print a list of rows")], False)]
-    for name, parameter in inspect.signature(bench_rollouts, eval_str=True).parameters.items():
-        if name != "note":
-            several = name in ("cases", "planners")
-            option = tyro.conf.arg(help=helps[name], aliases=[f"--{name[:-1]}"] if several else None)
-            kind = Annotated[tuple[str, ...] if several else parameter.annotation, option]
-            fields.append((name, kind, dataclasses.field(default=parameter.default)))
-    kind = dataclasses.make_dataclass("Bench", fields)
-    parsed = _parse(kind, arguments, "clbench bench rollouts", "Planning speed beside the matrix-multiplication limit.")
     check_device(parsed.device)
     options = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(parsed) if f.name != "json"}
-    rows = bench_rollouts(**options, note=_say)
+    rows = function(**options, note=_say)
     if parsed.json:
         print(json.dumps(rows, indent=1))
+    return rows
+
+
+def _bench_rollouts(arguments: Arguments) -> int:
+    from clbench.bench.rollouts import bench_rollouts
+
+    summary = "Planning speed beside the matrix-multiplication limit."
+    parsed = _bench_options(bench_rollouts, ("cases", "planners"), arguments, summary)
+    rows = _measured(bench_rollouts, parsed)
+    if parsed.json:
         return 0
     print(f"{'':<64} {'ms / plan':>10} {'x limit':>8} {'cost':>8} {'MiB':>8}")
     for row in rows:
@@ -372,7 +384,26 @@ def _bench_rollouts(arguments: Arguments) -> int:
     return 0
 
 
-BENCHMARKS: dict[str, Callable[[Arguments], int]] = {"envs": _bench_envs, "rollouts": _bench_rollouts}
+def _bench_updates(arguments: Arguments) -> int:
+    from clbench.bench.updates import bench_updates
+
+    summary = "Gradient updates per second of the offline agents, beside loops written by hand."
+    parsed = _bench_options(bench_updates, ("agents",), arguments, summary)
+    rows = _measured(bench_updates, parsed)
+    if parsed.json:
+        return 0
+    print(f"{'':<48} {'updates/s':>10} {'x limit':>8}")
+    for row in rows:
+        ratio = "" if row["ratio_to_limit"] is None else f"{row['ratio_to_limit']:.2f}"
+        print(f"{row['name']:<48} {row['value']:>10.1f} {ratio:>8}")
+    return 0
+
+
+BENCHMARKS: dict[str, Callable[[Arguments], int]] = {
+    "envs": _bench_envs,
+    "rollouts": _bench_rollouts,
+    "updates": _bench_updates,
+}
 
 
 def _compare(arguments: Arguments) -> int:
