@@ -134,7 +134,7 @@ def compare(
             preset of the data set's family). Default: ``paper`` with a GPU, else ``small``.
         budget: gradient updates per run (environment steps of agents that an environment drives). Default:
             :data:`BUDGETS`.
-        eval_every: units between evaluations within a run; 0 for the beginning and the end only.
+        eval_every: units between evaluations within a run; 0 for the end only.
         episodes: evaluation episodes, where the data sets have this option.
         threads: CPU threads per run.
         workers: processes at once; 0 runs everything in this process. Default: what cores and memory allow, one per GPU.
@@ -223,8 +223,8 @@ def _cell(
     agent_class = resolve("agents", agent)
     preset = preset_of(agent_class, agent, dataset, scale)
     of_agent = {**({"preset": preset} if preset else {}), **agent_options}
-    settings = {**common, "stream": dataset, "agent": agent, "seed": seed, "tensorboard": False, "agent_options": of_agent,
-                "stream_options": of_stream}  # fmt: skip
+    settings = {**common, "stream": dataset, "agent": agent, "seed": seed, "tensorboard": False, "eval_start": False,
+                "agent_options": of_agent, "stream_options": of_stream}  # fmt: skip
     if common.get("budget") is None and not isinstance(resolve_stream(dataset), Stream):
         settings["budget"] = BUDGETS[scale].get(agent, BUDGETS[scale]["*"])
     config = build(RunConfig, settings, where="compare")
@@ -272,8 +272,9 @@ def command_of(config: RunConfig) -> str:
     words = ["clbench", "run", config.stream, "--agent", config.agent, "--seed", str(config.seed)]
     for f in dataclasses.fields(RunConfig):
         value = getattr(config, f.name)
-        if f.name in ("budget", "eval_every", "threads", "device", "eval_envs") and value != f.default:
-            words += [f"--{f.name.replace('_', '-')}", str(value)]
+        if f.name in ("budget", "eval_every", "eval_start", "threads", "device") and value != f.default:
+            flag = f.name.replace("_", "-")
+            words += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
     groups = {"agent": (config.agent_options, _config_class(config.agent)), "stream": (config.stream_options, None)}
     for name, (options, kind) in groups.items():
         for key, value in options.items():

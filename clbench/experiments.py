@@ -60,6 +60,7 @@ class RunConfig:
         budget: units per task: environment steps if an environment drives the agent, else gradient updates (default: the
             stream's own).
         eval_every: units between evaluations within a phase (default: a tenth of the phase; 0: at phase ends only).
+        eval_start: evaluate before training, too (row 0 of the performance matrix).
         evaluate: ``False`` switches evaluation off.
         eval_envs: parallel environments in evaluation.
         num_envs: parallel training environments.
@@ -81,6 +82,7 @@ class RunConfig:
     reveals: Reveals | None = None
     budget: int | None = None
     eval_every: int | None = None
+    eval_start: bool = True
     evaluate: bool = True
     eval_envs: int = 512
     num_envs: int = 8
@@ -136,6 +138,8 @@ class Resolved:
         """Changes with everything that changes the result."""
         options = ("agent_options", "stream_options", "schedule_options")  # agent_config and stream say it in full
         plain = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in (*FREE, *options)}
+        if self.config.eval_start:
+            del plain["eval_start"]  # runs from before there was this option go on
         agent = [dataclasses.asdict(self.agent_config), self.agent_code]
         return content_hash([plain, agent, self.stream.to_dict(), clbench.__version__, torch.__version__])
 
@@ -355,6 +359,7 @@ def _make_loop(resolved: Resolved, directory: RunDirectory, should_stop: Callabl
             seed=config.seed,
             device=config.device,
             eval_every=config.eval_every,
+            eval_start=config.eval_start,
             evaluate=config.evaluate,
             eval_envs=config.eval_envs,
             num_envs=config.num_envs,

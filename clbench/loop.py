@@ -188,6 +188,7 @@ class LoopSettings:
         seed: of the run.
         device: torch device.
         eval_every: units between evaluations within a phase; ``None`` for ten per phase, 0 for phase ends only.
+        eval_start: evaluate before training, too.
         evaluate: ``False`` for no evaluation at all.
         eval_envs: parallel environments in evaluation (at most the length of the list).
         num_envs: parallel training environments.
@@ -199,6 +200,7 @@ class LoopSettings:
     seed: int = 0
     device: str = "cpu"
     eval_every: int | None = None
+    eval_start: bool = True
     evaluate: bool = True
     eval_envs: int = 512
     num_envs: int = 8
@@ -294,7 +296,7 @@ class Loop:
     def _evaluate_between_segments(self) -> None:
         """Row 0 before training, row i after phase i, and what is due within a phase. Training up to here is saved."""
         segment = self.position.segment
-        if self.position.inside or (segment == 0 and self.settings.fresh_agent):
+        if self.position.inside or (segment == 0 and (self.settings.fresh_agent or not self.settings.eval_start)):
             return
         phase = 0 if segment == 0 else self.segments[segment - 1][0] + 1
         if self._within_phase(segment) and not self._evaluation_due(phase - 1):

@@ -77,7 +77,7 @@ def _arguments(datasets: Sequence[str]) -> type:
             "preset of its family (default: paper with a GPU, else small)")], None),
         ("budget", Annotated[int | None, option(
             "updates per run (default: a table per scale and agent, docs/compare.md)")], None),
-        ("eval_every", Annotated[int, option("updates between evaluations within a run; 0: at its beginning and end")], 0),
+        ("eval_every", Annotated[int, option("updates between evaluations within a run; 0: at its end only")], 0),
         ("episodes", Annotated[int | None, option("the first N frozen evaluation episodes (default: all)")], None),
         ("threads", Annotated[int, option("CPU threads per run")], 1),
         ("workers", Annotated[int | None, option(

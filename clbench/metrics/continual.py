@@ -118,6 +118,8 @@ def zero_shot_transfer(r: np.ndarray, visits: Visits) -> float | None:
     (GEM), eq. 4, there called FWT.
     """
     tasks = np.flatnonzero(visits.first >= 2)
+    if np.isnan(r[0, tasks]).any():  # there was no evaluation before training
+        return None
     return _mean(r[visits.first[tasks] - 1, tasks] - r[0, tasks])
 
 

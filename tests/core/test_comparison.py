@@ -54,7 +54,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_every_cell_is_an_ordinary_run_with_the_same_number(done: Any, tmp_path: Path) -> None:
     assert len(done.rows) == 4 and not done.failures
     cell = done.path / "two-rooms_size-634-v0" / "bc" / "seed-1"
-    alone = clbench.run(SMALL, "bc", seed=1, budget=6, eval_every=0, stream_options={"episodes": 4}, out=tmp_path / "a")
+    alone = clbench.run(SMALL, "bc", seed=1, budget=6, eval_every=0, eval_start=False, stream_options={"episodes": 4},
+                        out=tmp_path / "a")  # fmt: skip
     assert (cell / "eval.csv").read_bytes() == (alone.path / "eval.csv").read_bytes()
     row = next(r for r in done.rows if (r["agent"], r["seed"]) == ("bc", 1))
     assert row["success"] == alone.results["matrix"][-1][0]
@@ -71,10 +72,11 @@ def test_table_and_page_are_there(done: Any) -> None:
     assert "Scale small" in done.text and "| bc" in done.text
 
 
-def test_the_score_is_that_of_the_last_evaluation(done: Any) -> None:
-    run = load_run(done.path / "two-rooms_size-634-v0" / "bc" / "seed-0")
+def test_the_score_is_that_of_the_last_evaluation(tmp_path: Path) -> None:
+    again = compare(tmp_path, agents=["bc"], seeds=[0], eval_every=3)
+    run = load_run(again.path / "two-rooms_size-634-v0" / "bc" / "seed-0")
     assert isinstance(run, Run)
-    assert len(run.log) == 8 and len(episode_scores(run)) == 4  # before and after training
+    assert len(run.log) == 8 and len(episode_scores(run)) == 4  # halfway and at the end
     assert episode_scores(run).tolist() == run.log.score[run.log.step == 6].tolist()
 
 
@@ -231,7 +233,7 @@ def test_seeds_and_settings_are_read() -> None:
 def test_the_printed_command_is_the_same_run(agent: str, options: dict[str, Any]) -> None:
     """Read by the parser of ``clbench run``, it has the fingerprint of the cell; another seed has not."""
     stream_options = {"observation": "state", "episodes": 4}
-    config = RunConfig(SMALL, agent, seed=3, budget=9, eval_every=0, threads=2, agent_options=options,
+    config = RunConfig(SMALL, agent, seed=3, budget=9, eval_every=0, eval_start=False, threads=2, agent_options=options,
                        stream_options=stream_options)  # fmt: skip
     words = shlex.split(command_of(config))
     assert words[:3] == ["clbench", "run", SMALL]

@@ -585,3 +585,14 @@ def test_an_agent_that_returns_its_metrics_is_told_to_yield_them(tmp_path: Path)
 
     with pytest.raises(ContractError, match=r"Returns.learn must yield mappings .* got str; write `yield .*not return"):
         run(tmp_path / "run", Returns)
+
+
+@pytest.mark.parametrize("settings", [{}, {"eval_every": 7}, {"reveals": "nothing"}, {"protocol": "joint"}])
+def test_without_the_evaluation_before_training_all_else_is_the_same(tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings = {"budget": 20, "eval_every": 0, **settings}
+    whole, without = run(tmp_path / "a", **settings), run(tmp_path / "b", eval_start=False, **settings)
+    assert without.results["matrix"][0] == [None] * 3 and None not in whole.results["matrix"][0]
+    assert without.results["matrix"][1:] == whole.results["matrix"][1:]
+    assert without.metrics["zero_shot_transfer"] is None
+    assert without.metrics["average_performance"] == whole.metrics["average_performance"]
+    assert weights(without) == weights(whole)
