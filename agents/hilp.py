@@ -21,7 +21,6 @@ not. A categorical policy for discrete actions is ours.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +32,7 @@ from clbench.agents.gcivl import implicit_v_loss
 from clbench.agents.gcrl.base import GoalAgent, GoalBatch, GoalConfig
 from clbench.agents.gcrl.losses import awr_loss, detached, expectile_loss
 from clbench.agents.gcrl.networks import Actor, Distribution, Input, Network, stack_rows
-from clbench.contracts import Experience, Spaces
+from clbench.contracts import Spaces
 from clbench.data.dataset import OfflineDataset
 from clbench.errors import ConfigError
 
@@ -177,15 +176,13 @@ class HILP(GoalAgent):
         skill = functional.normalize(there - here, dim=-1)
         return self.skill_actor(s, extra=skill if sign is None else sign * skill)
 
-    def learn(self, experience: Experience, budget: int, *, rng: torch.Generator) -> Iterator[Mapping[str, float]]:
-        """``budget`` gradient updates on batches drawn with ``rng``."""
-        data = experience.dataset
-        if self.config.plan_states and data is not None and data.is_goal:
+    def prepare(self, data: OfflineDataset) -> None:
+        super().prepare(data)
+        if self.config.plan_states:
             # spread evenly: nothing is drawn, so training is the same with and without planning
             count = min(self.config.plan_states, len(data))
             rows = torch.arange(count, device=data.device) * len(data) // count
             self.waypoints, self._embedded = data.observations["achieved_goal"][rows].to(self.device), None
-        yield from super().learn(experience, budget, rng=rng)
 
     @torch.no_grad()
     def _waypoint_latents(self, waypoints: Tensor) -> Tensor:
