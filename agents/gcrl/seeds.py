@@ -37,7 +37,7 @@ class SeedBatch:
             :meth:`unstack`.
 
     Raises:
-        ConfigError: no agents, or agents that differ in more than their weights.
+        ConfigError: no agents, agents that differ in more than their weights, or agents with an update of their own.
     """
 
     def __init__(self, agents: Sequence[GoalAgent]):
@@ -48,6 +48,11 @@ class SeedBatch:
             raise ConfigError(
                 "SeedBatch needs at least one agent, and all of one class, one configuration, the same spaces and the same "
                 "number of updates; make them with different generators."
+            )
+        if type(agents[0]).update is not GoalAgent.update:
+            raise ConfigError(
+                f"SeedBatch makes the update that most offline goal-conditioned agents share, but {agents[0].name!r} has "
+                "its own; train its seeds one after the other."
             )
         self.agents = list(agents)
         self._first = agents[0]

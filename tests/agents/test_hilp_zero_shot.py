@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clbench.agents.gcrl.base import GoalBatch
 from clbench.agents.gcrl.networks import SIGN, Input
+from clbench.agents.gcrl.seeds import SeedBatch
 from clbench.agents.hilp_zero_shot import (
     LARGEST,
     HILPZeroShot,
@@ -340,6 +341,12 @@ def test_the_mean_is_that_of_the_features() -> None:
     for _ in range(20):
         agent.update(batch)
     assert torch.allclose(agent.phi.mean, level * (1 - 0.995**20), atol=1e-5)
+
+
+def test_seeds_are_not_batched() -> None:
+    """Its tasks come from the networks, its targets move at two moments: another update than the one that is batched."""
+    with pytest.raises(ConfigError, match="hilp-zero-shot' has its own; train its seeds one after the other"):
+        SeedBatch([make(seed=0), make(seed=1)])
 
 
 # -- acting --------------------------------------------------------------------------------------------------------------
