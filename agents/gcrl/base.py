@@ -27,6 +27,7 @@ from clbench.data.dataset import GoalSampling, OfflineDataset
 from clbench.errors import ConfigError, ContractError, DataError, unknown_name
 
 FIT_ROWS = 10_000  # from which the inputs are normalised
+KEPT_BYTES = 2**27  # of data that are encoded once instead of batch by batch
 
 Preset = Literal[
     "small", "ogbench", "pointmaze", "pointmaze-giant", "antmaze", "antmaze-giant", "antmaze-explore", "humanoidmaze",
@@ -182,6 +183,7 @@ class GoalAgent(Agent):
             setattr(self, name, network)
         self.optimizer = self._new_optimizer()
         self.updates = self.samples = 0
+        self._encoded: tuple[OfflineDataset, OfflineDataset] | None = None  # data, and the same as networks take them
 
     @property
     def name(self) -> str:
@@ -243,6 +245,30 @@ class GoalAgent(Agent):
         if self.config.normalise and self.updates == 0:  # once: later data must not change what the weights mean
             count = min(FIT_ROWS, len(data))
             self.inputs.fit(data.observation(torch.arange(count, device=data.device) * len(data) // count))
+        self._encoded = (data, self._encode(data)) if self._is_small(data) else None
+
+    def _is_small(self, data: OfflineDataset) -> bool:
+        """Whether all states fit into :data:`KEPT_BYTES` as numbers that networks take."""
+        observed = data.observations["observation"]
+        same = self.inputs.same and observed is data.observations["achieved_goal"]
+        shape = self.inputs.goal_shape
+        return (
+            same and shape.image is None and isinstance(observed, Tensor) and 4 * len(data) * shape.flat <= KEPT_BYTES
+        )
+
+    def _encode(self, data: OfflineDataset) -> OfflineDataset:
+        """Data whose states and actions are as networks take them."""
+
+        def states(observations: Any) -> Any:
+            if observations is None:
+                return None
+            values = self.inputs.goal(observations["observation"]).flat
+            return {"observation": values, "achieved_goal": values}
+
+        return OfflineDataset(
+            states(data.observations), self.encode_actions(data.actions), data.lengths, states(data.final_observations),
+            check=False,
+        )  # fmt: skip
 
     def sample(self, data: OfflineDataset, rng: torch.Generator) -> GoalBatch:
         """A random batch with goals."""
@@ -255,18 +281,23 @@ class GoalAgent(Agent):
         self, data: OfflineDataset, index: Tensor, value_goal: Tensor, actor_goal: Tensor, **more: Tensor
     ) -> GoalBatch:
         """The batch of rows ``index`` (B,) with goals of rows ``value_goal``, ``actor_goal`` and ``more``, (B,) each."""
+        encoded = self._encoded is not None and self._encoded[0] is data
+        if self._encoded is not None and encoded:
+            data = self._encoded[1]
         obs, following = data.observation(index), data.next_observation(index)
-        values = data.observations["achieved_goal"]
-        goals = [values[rows] for rows in (value_goal, actor_goal, *more.values())]
         key = "observation" if self.inputs.same else "achieved_goal"
-        achieved, achieved_next, g_v, g_a, *rest = self.inputs.goals(obs[key], following[key], *goals)
+        values, actions = data.observations["achieved_goal"], data.actions[index]
+        parts = [obs[key], following[key], *(values[rows] for rows in (value_goal, actor_goal, *more.values()))]
+        inputs = [Input(x) for x in parts] if encoded else self.inputs.goals(*parts)
+        achieved, achieved_next, g_v, g_a, *rest = inputs
         s, s_next = achieved, achieved_next
         if not self.inputs.same:
             s, s_next = self.inputs.state(obs), self.inputs.state(following)
-        at_goal = (index == value_goal).to(torch.float32)
-        actions, context = self.encode_actions(data.actions[index]), self.inputs.context(obs)
-        return GoalBatch(s, s_next, g_v, g_a, actions, at_goal, achieved, achieved_next, context,
-                         dict(zip(more, rest, strict=True)))  # fmt: skip
+        return GoalBatch(
+            s, s_next, g_v, g_a, actions if encoded else self.encode_actions(actions),
+            (index == value_goal).to(torch.float32), achieved, achieved_next, self.inputs.context(obs),
+            dict(zip(more, rest, strict=True)),
+        )  # fmt: skip
 
     def update(self, batch: GoalBatch) -> dict[str, Tensor]:
         """One step of Adam on ``loss``."""
@@ -333,6 +364,7 @@ class GoalAgent(Agent):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.networks.load_state_dict(state["networks"])
         self.inputs.load_state_dict(state["inputs"])
+        self._encoded = None
         self.optimizer = self._new_optimizer()
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.updates, self.samples = int(state["updates"]), int(state["samples"])
