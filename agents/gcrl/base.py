@@ -30,7 +30,8 @@ FIT_ROWS = 10_000  # from which the inputs are normalised
 KEPT_BYTES = 2**27  # of data that are encoded once instead of batch by batch
 
 Preset = Literal[
-    "small", "ogbench", "pointmaze", "pointmaze-giant", "antmaze", "antmaze-giant", "antmaze-explore", "humanoidmaze",
+    "small", "small-pointmaze", "ogbench",
+    "pointmaze", "pointmaze-giant", "antmaze", "antmaze-giant", "antmaze-explore", "humanoidmaze",
     "antsoccer", "pointmaze-stitch", "pointmaze-giant-stitch", "antmaze-stitch", "antmaze-giant-stitch",
     "humanoidmaze-stitch", "antsoccer-stitch", "manipulation-play", "manipulation-noisy", "powderworld", "two-rooms",
     "diverse-maze",
@@ -71,8 +72,9 @@ class GoalConfig:
     """Options of every offline goal-conditioned agent; ``None`` is the value of the preset.
 
     Args:
-        preset: ``small`` (ours, for a CPU), ``ogbench`` (the reference's defaults), or a family of data sets of its
-            published table; ``two-rooms`` and ``diverse-maze`` are PLDM's choices for its comparison.
+        preset: ``small`` (ours, for a CPU; ``small-pointmaze`` with the alphas of OGBench's point mazes), ``ogbench`` (the
+            reference's defaults), or a family of data sets of its published table; ``two-rooms`` and ``diverse-maze`` are
+            PLDM's choices for its comparison.
         hidden: sizes of the hidden layers of all networks.
         lr: learning rate of Adam.
         batch_size: transitions per update.
