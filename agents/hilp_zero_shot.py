@@ -206,7 +206,7 @@ class HILPZeroShot(GoalAgent):
         """Options, beside those of :class:`GoalConfig`; ``hidden`` are the hidden layers of phi.
 
         Args:
-            preset: ``small`` (ours, for a CPU) or ``reference``.
+            preset: ``small`` (ours, for a CPU; ``small-pointmaze`` is the same) or ``reference`` (the published code).
             map_hidden: layers of the towers of F and of the policy.
             phi_lr: learning rate of phi; ``lr`` is that of F and the policy.
             skill_dim: d.
@@ -222,7 +222,7 @@ class HILPZeroShot(GoalAgent):
             behaviour: weight of cloning the actions of the data; 0 in the paper.
         """
 
-        preset: Literal["small", "reference"] = "small"  # type: ignore[assignment]
+        preset: Literal["small", "small-pointmaze", "reference"] = "small"  # type: ignore[assignment]
         map_hidden: tuple[int, ...] | None = None
         phi_lr: float | None = None
         skill_dim: int | None = None

@@ -81,18 +81,23 @@ SMALL: Values = {
     "hidden": (128, 128, 128), "lr": 1e-3, "batch_size": 256, "discount": 0.98, "tau": 0.02, "normalise": True,
     "frequencies": 4,
 }  # fmt: skip
+SMALL_ZERO_SHOT: Values = {
+    "hidden": (128, 128), "map_hidden": (256, 128), "phi_lr": 1e-3, "phi_discount": 0.98, "goal_discount": 0.98,
+    "expectile": 0.9, "skill_dim": 16, "successor_tau": 0.02, "features": "difference", "behaviour": 0.3,
+}  # fmt: skip
 
 # preset -> agent -> values; "" holds for every agent
 PRESETS: Mapping[str, Mapping[str, Values]] = {
     "ogbench": {},
     "small": {
         "": SMALL, "qrl": {"latent_dim": 64}, "crl": {"latent_dim": 64}, "hiql": {"subgoal_steps": 15},
-        "hilp": {"skill_dim": 16},
+        "hilp": {"skill_dim": 16}, "hilp-zero-shot": SMALL_ZERO_SHOT,
     },
     "small-pointmaze": {
         "": SMALL, **_alphas(10, 0.003, 0.0003, 0.03, 3, 3, 15), "qrl": {"alpha": 0.0003, "latent_dim": 64},
-        "crl": {"alpha": 0.03, "latent_dim": 64}, "hilp": {"skill_dim": 16},
+        "crl": {"alpha": 0.03, "latent_dim": 64}, "hilp": {"skill_dim": 16}, "hilp-zero-shot": SMALL_ZERO_SHOT,
     },
+    "reference": {},  # of hilp-zero-shot, whose reference is not OGBench
     "pointmaze": POINTMAZE,
     "pointmaze-giant": {"": GIANT, **POINTMAZE},
     "antmaze": ANTMAZE,
