@@ -15,7 +15,7 @@ Where states have more than goals do (velocities), the features are of what is a
 
 What differs from the published code: one step of Adam on the sum of the losses, so that the policy sees F as it was before
 the step; target features begin as a copy (there, as other random features); a goal is reached by the row of the data that
-it is, not by any row within 1e-6; pictures are encoded by ``impala_small``.
+it is, not by any row within 1e-6; pictures are encoded by ``impala_small``; features of the kind ``concat`` are left out.
 """
 
 from __future__ import annotations

@@ -132,6 +132,12 @@ def test_size_of_the_reference() -> None:
     assert (config.hidden, config.map_hidden, config.skill_dim) == ((512, 512), (1024, 512), 50)
 
 
+def test_presets_resolve() -> None:
+    small, reference = (build(HILPZeroShot.Config, {"preset": name}, "agent") for name in ("small", "reference"))
+    assert all(value is not None for config in (small, reference) for value in vars(config).values())
+    assert max(small.map_hidden or ()) < max(reference.map_hidden or ()) and reference.behaviour == 0
+
+
 def test_goals_have_their_own_discount() -> None:
     config = build(HILPZeroShot.Config, {"goal_discount": 0.5, "discount": 0.9}, "agent")
     assert config.value_sampling.discount == 0.5
