@@ -83,7 +83,8 @@ class Cell:
     def job(self) -> dict[str, Any]:
         """What a worker needs."""
         config = self.resolved.config
-        return {"out": str(self.path), **{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}}
+        settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        return {"settings": settings, "out": str(self.path), "fingerprint": self.resolved.fingerprint}
 
 
 @dataclass(frozen=True)
@@ -361,8 +362,18 @@ def _spaces_of(task: Task) -> Spaces:
 
 
 def run_cell(job: Mapping[str, Any]) -> None:
-    """One cell, in whatever process."""
-    run(**job)
+    """One cell, in whatever process.
+
+    Raises:
+        ConfigError: the agent's code is not what it was when the comparison began: its cells would not be comparable.
+    """
+    config = RunConfig(**job["settings"])
+    if resolve_run(config).fingerprint != job["fingerprint"]:
+        raise ConfigError(
+            f"The code of the agent {config.agent!r} or of its task has changed since this comparison began; give the same "
+            "command again (with --overwrite if cells of the old code are there)."
+        )
+    run(**job["settings"], out=job["out"])
 
 
 # -- running -------------------------------------------------------------------------------------------------------------

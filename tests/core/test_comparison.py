@@ -151,6 +151,20 @@ def test_a_worker_that_is_killed_fails_its_cell_alone(tmp_path: Path) -> None:
     assert not compare(tmp_path).failures  # given again, it is made
 
 
+def test_code_that_changes_meanwhile_fails_the_cells_that_are_left(tmp_path: Path) -> None:
+    """Half a comparison of old code and half of new is none."""
+
+    class Edited(InProcess):
+        def run(self, function: Any, jobs: Any) -> Any:
+            changed = [{**jobs[0], "fingerprint": "of other code"}, *jobs[1:]]
+            yield from InProcess.run(self, function, changed)
+
+    found = compare(tmp_path, executor=Edited())
+    assert [(r["status"], r["seed"]) for r in found.failures] == [("failed", 0)]
+    assert "has changed since this comparison began" in found.failures[0]["problem"]
+    assert not (tmp_path / "two-rooms_size-634-v0" / "bc" / "seed-0").exists()
+
+
 # -- errors before anything runs -----------------------------------------------------------------------------------------
 
 
