@@ -69,18 +69,26 @@ def _with_defaults(function: Callable[..., Suite], values: dict[str, str], where
 
 
 def _two_rooms(name: str) -> Callable[..., Suite]:
-    def stream(*, observation: str = "state", collision: str = "stop", seed: int = 0, episodes: int = 100) -> Suite:
+    def stream(
+        *, observation: str = "state", collision: str = "stop", walls: str = "stop", seed: int = 0, episodes: int = 100
+    ) -> Suite:
         """Goals in the other room of the layout wall 32, door 10.
 
         Args:
             observation: ``"state"`` (positions) or ``"pixels"`` (2 x 65 x 65).
-            collision: rule of the data; the environment keeps its own, ``"stop"``.
+            collision: rule of the data.
+            walls: rule of the environment: ``"stop"``, or ``"noisy"`` as in the evaluations of the paper's code, where an
+                agent that pushes against a wall is moved about.
             seed: of the data; the run's own seed does not change them.
             episodes: the first of the 100 frozen ones.
         """
         _check_observation(observation, name)
         data = _identifier(name, observation=(observation, "state"), collision=(collision, "stop"), seed=(seed, 0))
-        kwargs = {"wall_x": 32.0, "door_y": 10.0, "observation": observation}
+        if walls not in ("stop", "noisy"):
+            raise unknown_name("value of walls", walls, ("stop", "noisy"), where=f"stream {name!r}")
+        kwargs: dict[str, Any] = {"wall_x": 32.0, "door_y": 10.0, "observation": observation}
+        if walls != "stop":
+            kwargs["collision"] = walls
         evaluation = evaluation_list(load_lists(), 0, episodes)
         task = Task("wall-32-door-10", "clbench/TwoRooms-v0", kwargs, data, evaluation, "success")
         return Suite(name, [task], updates=UPDATES, env_steps=ENV_STEPS)
