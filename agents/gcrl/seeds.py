@@ -1,7 +1,8 @@
 """Several trainings of one agent at once: the seeds are the first axis of every parameter.
 
 What S separate trainings would compute, in one pass: the loss is vectorised over the seeds (``torch.func``), batches come
-from each seed's own generator, and one Adam steps all. It pays on a GPU, and on a CPU where networks are small.
+from each seed's own generator, and one Adam steps all. ``clbench bench updates --seeds S`` says whether it pays: it saves
+launches, not arithmetic.
 """
 
 from __future__ import annotations
