@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clbench.agents.gcrl.base import GoalAgent, GoalBatch, GoalConfig, check_extraction
+from clbench.agents.gcrl.base import GoalAgent, GoalBatch, GoalConfig, choose_extraction
 from clbench.agents.gcrl.losses import awr_loss, ddpg_bc_loss, detached
 from clbench.agents.gcrl.networks import Actor, Distribution, Input, Network
 
@@ -37,7 +37,7 @@ def similarity(phi: Tensor, psi: Tensor) -> Tensor:
 
 
 class CRL(GoalAgent):
-    """Contrastive RL; discrete actions need ``actor_loss="awr"``."""
+    """Contrastive RL."""
 
     @dataclass
     class Config(GoalConfig):
@@ -45,12 +45,13 @@ class CRL(GoalAgent):
 
         Args:
             alpha: with ``awr`` the inverse temperature (larger is greedier), with ``ddpg-bc`` the weight of cloning.
-            actor_loss: how the policy is extracted from the logits.
+            actor_loss: how the policy is extracted from the logits;
+                ``auto`` is ``ddpg-bc``, or ``awr`` with alpha 3 where actions are discrete.
             latent_dim: d.
         """
 
         alpha: float | None = None
-        actor_loss: Literal["awr", "ddpg-bc"] | None = None
+        actor_loss: Literal["auto", "awr", "ddpg-bc"] | None = None
         latent_dim: int | None = None
         agent = "crl"
 
@@ -61,7 +62,7 @@ class CRL(GoalAgent):
     actor: Actor
 
     def build(self, rng: torch.Generator) -> dict[str, nn.Module]:
-        check_extraction(self)
+        choose_extraction(self)
         state, goal, hidden = self.inputs.state_shape, self.inputs.goal_shape, self.config.hidden
         sizes = (*hidden, self.config.latent_dim)
         both: dict[str, Any] = {"rng": rng, "layer_norm": True, "members": 2}

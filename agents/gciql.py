@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clbench.agents.gcrl.base import GoalAgent, GoalBatch, GoalConfig, check_extraction
+from clbench.agents.gcrl.base import GoalAgent, GoalBatch, GoalConfig, choose_extraction
 from clbench.agents.gcrl.losses import awr_loss, ddpg_bc_loss, detached, expectile_loss
 from clbench.agents.gcrl.networks import Actor, Distribution, Input, Network
 
 
 class GCIQL(GoalAgent):
-    """Goal-conditioned implicit Q-learning; discrete actions need ``actor_loss="awr"``."""
+    """Goal-conditioned implicit Q-learning."""
 
     @dataclass
     class Config(GoalConfig):
@@ -31,13 +31,14 @@ class GCIQL(GoalAgent):
             expectile: kappa.
             alpha: with ``awr`` the inverse temperature (larger is greedier), with ``ddpg-bc`` the weight of cloning.
             tau: step of the target network.
-            actor_loss: how the policy is extracted from Q.
+            actor_loss: how the policy is extracted from Q;
+                ``auto`` is ``ddpg-bc``, or ``awr`` with alpha 3 where actions are discrete.
         """
 
         expectile: float | None = None
         alpha: float | None = None
         tau: float | None = None
-        actor_loss: Literal["awr", "ddpg-bc"] | None = None
+        actor_loss: Literal["auto", "awr", "ddpg-bc"] | None = None
         agent = "gciql"
 
     targets = {"target_critic": "critic"}
@@ -47,7 +48,7 @@ class GCIQL(GoalAgent):
     actor: Actor
 
     def build(self, rng: torch.Generator) -> dict[str, nn.Module]:
-        check_extraction(self)
+        choose_extraction(self)
         hidden = self.config.hidden
         shapes = (self.inputs.state_shape, self.inputs.goal_shape)
         shared: dict[str, Any] = {"rng": rng, "layer_norm": True, "squeeze": True}

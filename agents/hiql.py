@@ -46,7 +46,7 @@ class HIQL(GoalAgent):
             tau: step of the target network.
             subgoal_steps: k.
             rep_dim: numbers in a representation of a goal.
-            low_actor_rep_grad: let the low policy train the representation too; pixels need it.
+            low_actor_rep_grad: let the low policy train the representation too, as pixels need it (``None``: with pixels).
         """
 
         expectile: float | None = None
@@ -66,6 +66,8 @@ class HIQL(GoalAgent):
     high_actor: Actor
 
     def build(self, rng: torch.Generator) -> dict[str, nn.Module]:
+        if self.config.low_actor_rep_grad is None:
+            self.config = dataclasses.replace(self.config, low_actor_rep_grad=bool(self.inputs.images))
         config, state, goal = self.config, self.inputs.state_shape, self.inputs.goal_shape
         hidden, dim = config.hidden, config.rep_dim
         value: dict[str, Any] = {"rng": rng, "layer_norm": True}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clbench.agents.gcrl.base import GoalAgent, GoalBatch, GoalConfig, check_extraction
+from clbench.agents.gcrl.base import GoalAgent, GoalBatch, GoalConfig, choose_extraction
 from clbench.agents.gcrl.losses import awr_loss, ddpg_bc_loss, detached
 from clbench.agents.gcrl.networks import Actor, Distribution, Input, Network
 from clbench.agents.gcrl.quasimetrics import IQE, MRN
@@ -42,7 +42,7 @@ class Multiplier(nn.Module):
 
 
 class QRL(GoalAgent):
-    """Quasimetric RL; discrete actions need ``actor_loss="awr"``."""
+    """Quasimetric RL."""
 
     @dataclass
     class Config(GoalConfig):
@@ -50,14 +50,15 @@ class QRL(GoalAgent):
 
         Args:
             alpha: with ``awr`` the inverse temperature (larger is greedier), with ``ddpg-bc`` the weight of cloning.
-            actor_loss: how the policy is extracted from the distance.
+            actor_loss: how the policy is extracted from the distance;
+                ``auto`` is ``ddpg-bc``, or ``awr`` with alpha 3 where actions are discrete.
             quasimetric: ``iqe`` or ``mrn``.
             latent_dim: size of phi; a multiple of 8 for ``iqe``, of 2 for ``mrn``.
             epsilon: the constraint's slack.
         """
 
         alpha: float | None = None
-        actor_loss: Literal["awr", "ddpg-bc"] | None = None
+        actor_loss: Literal["auto", "awr", "ddpg-bc"] | None = None
         quasimetric: Literal["iqe", "mrn"] = "iqe"
         latent_dim: int | None = None
         epsilon: float | None = None
@@ -70,7 +71,7 @@ class QRL(GoalAgent):
     actor: Actor
 
     def build(self, rng: torch.Generator) -> dict[str, nn.Module]:
-        check_extraction(self)
+        choose_extraction(self)
         config, latent = self.config, self.config.latent_dim
         divisor = GROUP if config.quasimetric == "iqe" else 2
         if latent % divisor:

@@ -52,7 +52,7 @@ OUT = Path("runs/compare")
 
 OBSERVATION: dict[str, str] = {"small": "state", "paper": "pixels"}  # where the data set has the choice
 # gradient updates per run; "*" is any agent. Paper scale: three passes over the reference data (PLDM); OGBench's of pixels
-BUDGETS: dict[str, dict[str, int]] = {"small": {"*": 8_000}, "paper": {"*": 500_000, "pldm": 144_000}}
+BUDGETS: dict[str, dict[str, int]] = {"small": {"*": 6_000, "pldm": 4_000}, "paper": {"*": 500_000, "pldm": 144_000}}
 # whose preset an agent takes at the scale of the paper, by the beginning of the data set's name; FLAVOURS in the name are
 # added where the agent knows such a preset (pointmaze-giant-stitch), and FALLBACK is for those that have none of the family
 PRESETS: dict[str, str] = {
@@ -251,7 +251,8 @@ def preset_of(agent_class: Any, agent: str, dataset: str, scale: str) -> str | N
     config = getattr(agent_class, "Config", None)
     if not dataclasses.is_dataclass(config) or "preset" not in {f.name for f in dataclasses.fields(config)}:
         return None
-    for preset in ["small"] if scale == "small" else _presets_of_family(dataset):
+    small = ["small-pointmaze", "small"] if dataset.startswith("ogbench-maze/") else ["small"]
+    for preset in small if scale == "small" else _presets_of_family(dataset):
         with contextlib.suppress(ConfigError):
             build(config, {"preset": preset}, where=f"agent {agent!r}")  # type: ignore[type-var]
             return preset

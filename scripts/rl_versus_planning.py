@@ -126,6 +126,7 @@ FINDINGS = (
 def main(given: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", default=",".join((*AXES, CHASE)), help="some of them, with commas between")
+    parser.add_argument("--only", default="", help="data sets whose id holds one of these, with commas between")
     parser.add_argument("--agents", default=",".join(AGENTS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--scale", default="small", choices=("small", "paper"))
@@ -153,6 +154,7 @@ def run(axes: Sequence[str], arguments: argparse.Namespace, out: Path) -> None:
     """Whatever is not there yet."""
     agents, seeds = arguments.agents.split(","), [int(s) for s in arguments.seeds.split(",")]
     datasets = list(dict.fromkeys(d for axis in axes if axis != CHASE for d in AXES[axis][1]))
+    datasets = [d for d in datasets if any(part in d for part in arguments.only.split(","))]
     pieces = [(datasets, agents)] if datasets else []
     if CHASE in axes:
         pieces.append(([CHASE], [a for a in CHASE_PUBLISHED if a in agents]))

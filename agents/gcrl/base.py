@@ -7,6 +7,7 @@ Goals are drawn anew for every batch, for the value and the actor independently 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -383,12 +384,15 @@ class GoalAgent(Agent):
         )
 
 
-def check_extraction(agent: GoalAgent) -> None:
-    """Refuse what ``ddpg-bc`` cannot do: it differentiates Q by the action.
+def choose_extraction(agent: GoalAgent) -> None:
+    """Settle ``auto``: ``ddpg-bc`` for continuous actions, ``awr`` with OGBench's alpha for discrete ones.
 
     Raises:
-        ConfigError: discrete actions, or an actor with a learned standard deviation.
+        ConfigError: ``ddpg-bc`` where it cannot be, for it differentiates Q by the mean action.
     """
+    if agent.config.actor_loss == "auto":
+        choice = {"actor_loss": "awr", "alpha": 3.0} if agent.discrete else {"actor_loss": "ddpg-bc"}
+        agent.config = dataclasses.replace(agent.config, **choice)
     if agent.config.actor_loss != "ddpg-bc":
         return
     if agent.discrete:

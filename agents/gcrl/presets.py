@@ -30,15 +30,14 @@ TRAJECTORY: Values = {
 AGENTS: Mapping[str, Values] = {
     "gcbc": {**TRAJECTORY, "value_geometric": False},
     "gcivl": {**MIXED, "expectile": 0.9, "alpha": 10.0},
-    "gciql": {**MIXED, "expectile": 0.9, "alpha": 0.3, "actor_loss": "ddpg-bc"},
+    "gciql": {**MIXED, "expectile": 0.9, "alpha": 0.3, "actor_loss": "auto"},
     "qrl": {
         "value_p_current": 0.0, "value_p_trajectory": 0.0, "value_p_random": 1.0, "value_geometric": False,
-        "alpha": 0.003, "actor_loss": "ddpg-bc", "latent_dim": 512, "epsilon": 0.05,
+        "alpha": 0.003, "actor_loss": "auto", "latent_dim": 512, "epsilon": 0.05,
     },
-    "crl": {**TRAJECTORY, "alpha": 0.1, "actor_loss": "ddpg-bc", "latent_dim": 512},
+    "crl": {**TRAJECTORY, "alpha": 0.1, "actor_loss": "auto", "latent_dim": 512},
     "hiql": {
         **MIXED, "expectile": 0.7, "high_alpha": 3.0, "low_alpha": 3.0, "subgoal_steps": 25, "rep_dim": 10,
-        "low_actor_rep_grad": False,
     },
     "hilp": {
         "value_p_current": 0.0, "value_p_trajectory": 0.625, "value_p_random": 0.375, "value_geometric": True,

@@ -130,8 +130,8 @@ def test_presets_are_the_published_table(row: Any) -> None:
         assert config.batch_size == (256 if preset == "powderworld" else 1024)
         expected = (1, 0) if cls is GCBC else (trajectory, anywhere)
         assert (config.actor_p_trajectory, config.actor_p_random) == expected
-    assert hiql.low_actor_rep_grad == (preset == "powderworld")
-    extraction = "awr" if preset == "powderworld" else "ddpg-bc"
+    assert hiql.low_actor_rep_grad == (True if preset == "powderworld" else None)
+    extraction = "awr" if preset == "powderworld" else "auto"
     assert all(configs[c].actor_loss == extraction for c in (GCIQL, QRL, CRL))
 
 
