@@ -60,8 +60,9 @@ PRESETS: dict[str, str] = {
     "point-maze/": "diverse-maze",
     "ogbench-maze/": "pointmaze",
     **{f"ogbench/{name}": name for name in ("pointmaze", "antmaze", "humanoidmaze", "antsoccer", "powderworld")},
+    **{f"ogbench/{name}": "manipulation" for name in ("cube", "scene", "puzzle")},
 }
-FLAVOURS, FALLBACK = ("giant", "stitch", "explore"), "ogbench"
+FLAVOURS, FALLBACK = ("giant", "stitch", "explore", "play", "noisy"), "ogbench"
 MEMORY: dict[str, int] = {"small": 2 * 2**30, "paper": 8 * 2**30}  # bytes to allow per worker
 EVAL_ENVS = 512
 CONTROLLERS = {"oracle": "oracle_actions", "straight-line": "straight_line_actions"}
@@ -138,7 +139,7 @@ def compare(
         eval_every: units between evaluations within a run; 0 for the end only.
         episodes: evaluation episodes, where the data sets have this option.
         threads: CPU threads per run.
-        workers: processes at once; 0 runs everything in this process. Default: what cores and memory allow, one per GPU.
+        workers: processes at once; 0 runs everything in this process. Default: what cores and memory allow, one on a GPU.
         device: torch device. Default: the GPU at the scale of the paper where there is one, else the CPU.
         out: folder of the comparison.
         overwrite: make cells again that hold a run of another configuration (those of the same are kept).
@@ -300,7 +301,7 @@ def _flags(flag: str, value: Any, kind: Any) -> list[str]:
         value = value if kind is None or isinstance(value, Mapping) else coerce(value, kind, flag)
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return [w for k, v in value.items() for w in _flags(f"{flag}.{k.replace('_', '-')}", v, _type_of(kind, k))]
-    if isinstance(value, bool):
+    if isinstance(value, bool) and kind in (bool, None):  # one that may also be None takes a word
         head, _, last = flag.rpartition(".")
         return [flag if value else f"{head}.no-{last}"]
     if isinstance(value, Mapping):
@@ -513,7 +514,7 @@ def load_row(cell: Cell, scale: str, problem: str | None) -> dict[str, Any]:
     config = cell.resolved.config
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {"dataset": cell.dataset, "agent": cell.agent, "seed": cell.seed, "scale": scale, "preset": cell.preset,
-            "observation": config.stream_options.get("observation"), "device": config.device,
+            "observation": _observation_of(cell), "device": config.device,
             "threads": config.threads, "command": cell.command}  # fmt: skip
     found = _load(cell)
     if found is None or found.problem is not None:
@@ -531,6 +532,14 @@ def load_row(cell: Cell, scale: str, problem: str | None) -> dict[str, Any]:
         "peak_memory_bytes": found.timing.get("peak_memory_bytes"), "git": found.provenance.get("git"),
     }  # fmt: skip
     return row
+
+
+def _observation_of(cell: Cell) -> str | None:
+    """``state``, ``pixels`` and the like where the stream has the choice: as an option, or else in the id."""
+    chosen = cell.resolved.config.stream_options.get("observation")
+    if chosen is None and not isinstance(resolve_stream(cell.dataset), Stream):
+        chosen = parse_dataset_id(cell.dataset)[1].get("observation")
+    return chosen
 
 
 def _why_missing(cell: Cell) -> str:

@@ -241,6 +241,7 @@ def test_seeds_and_settings_are_read() -> None:
         ("bc", {"lr": "0.01", "hidden": "16,16", "reset_optimizer": "false"}),
         ("pldm", {"preset": "small", "architecture": {"members": "2"}, "frozen_inverse": True, "window": "4",
                   "planner_options": {"samples": "64", "horizon": "8"}}),
+        ("gciql", {"preset": "small", "normalise": "true", "value_geometric": "false", "reset_optimizer": "false"}),
         ("random", {}),
     ],
 )  # fmt: skip
@@ -251,18 +252,38 @@ def test_the_printed_command_is_the_same_run(agent: str, options: dict[str, Any]
                        stream_options=stream_options)  # fmt: skip
     words = shlex.split(command_of(config))
     assert words[:3] == ["clbench", "run", SMALL]
-
-    def fingerprint(arguments: list[str]) -> str:
-        import tyro
-
-        parsed: Any = tyro.cli(_run_arguments(SMALL, agent, "sequential"), args=arguments)
-        values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)}
-        for group in ("agent_options", "stream_options", "schedule_options"):
-            values[group] = dict(vars(values[group]))
-        return resolve_run(RunConfig(**values)).fingerprint
-
     assert fingerprint(words[2:]) == resolve_run(config).fingerprint
     assert fingerprint([*words[2:], "--seed", "4"]) != resolve_run(config).fingerprint
+
+
+def fingerprint(arguments: list[str]) -> str:
+    """Of the run that ``clbench run`` makes of these words."""
+    import tyro
+
+    parsed: Any = tyro.cli(_run_arguments(arguments[0], arguments[2], "sequential"), args=arguments)
+    values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)}
+    for group in ("agent_options", "stream_options", "schedule_options"):
+        values[group] = dict(vars(values[group]))
+    return resolve_run(RunConfig(**values)).fingerprint
+
+
+@pytest.mark.parametrize("agent", ["gcbc", "gcivl", "gciql", "qrl", "crl", "hiql", "hilp", "hilp-zero-shot", "pldm"])
+def test_the_command_of_a_finished_run_with_all_its_options_is_read(agent: str) -> None:
+    """A run directory says every option in full, also those that the preset has filled in."""
+    settings = {"agent": agent, "budget": 9, "eval_every": 0, "eval_start": False}
+    ids = "point-maze/5-layouts-v0?observation=layout&trials=distance-4"
+    first = RunConfig(ids, **settings, stream_options={"episodes": 4})
+    full = json.loads(json.dumps(dataclasses.asdict(resolve_run(first).agent_config)))
+    command = command_of(RunConfig(ids, **settings, agent_options=full, stream_options={"episodes": 4}))
+    assert f"'{ids}'" in command  # the shell would cut it at &
+    assert fingerprint(shlex.split(command)[2:]) == resolve_run(first).fingerprint
+
+
+def test_an_observation_in_the_id_is_in_the_table(tmp_path: Path) -> None:
+    ids = "point-maze/5-layouts-v0?observation=layout"
+    found = compare(tmp_path, [ids], agents=["random"], seeds=[0], budget=None, episodes=2)
+    assert [r["observation"] for r in found.rows] == ["layout"]
+    assert "observations: layout" in found.text
 
 
 def test_the_scale_decides_observation_and_preset(tmp_path: Path) -> None:
@@ -294,7 +315,10 @@ def test_presets_by_family() -> None:
         "ogbench-maze/teleport-navigate-v0": "pointmaze",
         "ogbench/antmaze-medium-explore-v0": "antmaze-explore",
         "ogbench/humanoidmaze-giant-navigate-v0": "humanoidmaze",
-        "ogbench/cube-single-play-v0": "ogbench",
+        "ogbench/cube-single-play-v0": "manipulation-play",
+        "ogbench/puzzle-4x4-noisy-v0": "manipulation-noisy",
+        "ogbench/powderworld-easy-play-v0": "powderworld",
+        "ogbench/some-other-v0": "ogbench",
     }.items():
         assert preset_of(gciql, "gciql", name, "paper") == preset
 
