@@ -27,6 +27,7 @@ class GCBC(GoalAgent):
 
         agent = "gcbc"
 
+    looks_ahead = False
     actor: Actor
 
     def build(self, rng: torch.Generator) -> dict[str, nn.Module]:

@@ -247,7 +247,7 @@ def axis_table(study: Study, points: Mapping[str, tuple[str, Published]]) -> str
 
 
 def findings(study: Study) -> str:
-    """Each published difference beside ours, paired by seed and episode; a difference holds where the intervals exclude 0."""
+    """Each published difference beside ours, paired by seed and episode."""
     rows: list[Sequence[str]] = [("finding", "difference of", "published", "here", "verdict")]
     for finding in FINDINGS:
         published = _published(finding.dataset)
@@ -282,7 +282,7 @@ def _verdict(found: Mapping[str, Any] | None, tie: bool) -> str:
         return "one seed"
     low, high = min(found["low"], found["episodes_low"]), max(found["high"], found["episodes_high"])
     if tie:
-        return "holds" if -MARGIN < low and high < MARGIN else "no tie" if low > 0 or high < 0 else "undecided"
+        return "holds" if low > -MARGIN and high < MARGIN else "no tie" if low > 0 or high < 0 else "undecided"
     return "holds" if low > 0 else "reversed" if high < 0 else "undecided"
 
 

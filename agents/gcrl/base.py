@@ -160,6 +160,7 @@ class GoalAgent(Agent):
     requires = frozenset({"dataset", "goal"})
     targets: ClassVar[Mapping[str, str]] = {}  # target network -> network
     avoids: ClassVar[bool] = False  # whether ``policy`` takes ``sign`` (B, 1): -1 where the goal is to be avoided
+    looks_ahead: ClassVar[bool] = True  # whether ``loss`` uses next states; if not, a batch has the states in their place
 
     @dataclass
     class Config(GoalConfig):
@@ -287,10 +288,13 @@ class GoalAgent(Agent):
         encoded = self._encoded is not None and self._encoded[0] is data
         if self._encoded is not None and encoded:
             data = self._encoded[1]
-        obs, following = data.observation(index), data.next_observation(index)
+        obs = data.observation(index)
+        following = data.next_observation(index) if self.looks_ahead else obs
         key = "observation" if self.inputs.same else "achieved_goal"
         values, actions = data.observations["achieved_goal"], data.actions[index]
-        parts = [obs[key], following[key], *(values[rows] for rows in (value_goal, actor_goal, *more.values()))]
+        goal = values[value_goal]
+        goals = [goal, goal if actor_goal is value_goal else values[actor_goal], *(values[r] for r in more.values())]
+        parts = [obs[key], following[key], *goals]
         inputs = [Input(x) for x in parts] if encoded else self.inputs.goals(*parts)
         achieved, achieved_next, g_v, g_a, *rest = inputs
         s, s_next = achieved, achieved_next

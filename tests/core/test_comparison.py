@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 import clbench
+import clbench.comparison as comparison
 from clbench.cli.compare import seeds_of, settings_of
 from clbench.cli.main import _main, _run_arguments
 from clbench.comparison import MEASURED, axes_of, command_of, episode_scores, preset_of
@@ -85,6 +87,20 @@ def test_reference_lines_play_the_same_episodes(done: Any) -> None:
     assert found["lines"]["random"]["episodes"] == 4
     for name in ("oracle", "straight-line"):  # a line, or the reason why not
         assert (name in found["lines"]) != (name in found["absent"])
+
+
+def test_a_reference_line_that_breaks_is_left_out_and_tried_again(tmp_path: Path, monkeypatch: Any) -> None:
+    def broken(name: str, task: Any, cell: Any) -> Any:
+        if name == "oracle":
+            raise ZeroDivisionError("no way to the goal")
+        return original(name, task, cell)
+
+    original = comparison._reference
+    monkeypatch.setattr(comparison, "_reference", broken)
+    found = compare(tmp_path, agents=["random"], seeds=[0])
+    assert not found.failures and found.content["references"][SMALL]["absent"]["oracle"] == "no way to the goal"
+    monkeypatch.undo()
+    assert "oracle" in compare(tmp_path, agents=["random"], seeds=[0]).content["references"][SMALL]["lines"]
 
 
 def test_again_nothing_is_run(done: Any) -> None:
@@ -299,6 +315,16 @@ def test_the_scale_decides_observation_and_preset(tmp_path: Path) -> None:
         assert said.resolved.stream.tasks[0].env_kwargs["observation"] == "state"  # the id has the last word
     chosen = make_cells([SMALL], ["pldm"], [0], "paper", common, {"pldm": {"preset": "small"}}, {}, tmp_path)[0]
     assert chosen.preset == "small"
+
+
+def test_the_page_says_the_budgets() -> None:
+    """Of both scales, in their order, and no others."""
+    from clbench.comparison import BUDGETS
+
+    text = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
+    paragraph = text.partition("**Scale.**")[2].partition("\n\n")[0]
+    said = [int(n.replace(",", "")) for n in re.findall(r"\d+,\d{3}", paragraph)]
+    assert said == [n for scale in ("small", "paper") for n in BUDGETS[scale].values()]
 
 
 def test_presets_by_family() -> None:

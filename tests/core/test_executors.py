@@ -128,6 +128,8 @@ def test_a_container_may_have_less_than_the_machine(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(executors, "_lines", lambda path: [files[path.name]] if path.name in files else [])
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert (available_cores(), available_memory()) == (2, 600)
+    files |= {"memory.stat": "inactive_file 150"}  # read from disk once, and given back when it is needed
+    assert available_memory() == 750
     files |= {"cpu.max": "max 100000", "memory.max": "max"}
     assert (available_cores(), available_memory()) == (8, sys.maxsize)
 
