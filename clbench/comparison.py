@@ -244,7 +244,9 @@ def _scale_options(dataset: str, scale: str) -> dict[str, Any]:
     if isinstance(factory, Stream) or "observation" in parse_dataset_id(dataset)[1]:
         return {}
     known = {f.name for f in dataclasses.fields(options_of(factory))}
-    return {"observation": OBSERVATION[scale]} if "observation" in known else {}
+    # positions alone do not tell one maze from another
+    wanted = "layout" if scale == "small" and dataset.startswith("point-maze/") else OBSERVATION[scale]
+    return {"observation": wanted} if "observation" in known else {}
 
 
 def preset_of(agent_class: Any, agent: str, dataset: str, scale: str) -> str | None:
