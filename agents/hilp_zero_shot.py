@@ -150,7 +150,7 @@ class TruncatedNormal(Gaussian):
 
     def perturbed(self, noise: Tensor, clip: float) -> Tensor:
         """The mean with standard normal ``noise`` (B, A), scaled to the deviation and cut to ``+-clip``."""
-        return keep_within(self.mean + (torch.exp(self.log_std) * noise).clamp(-clip, clip))
+        return keep_within(self.mean + (self.std * noise).clamp(-clip, clip))
 
     def sample(self, rng: torch.Generator, temperature: float = 1.0) -> Tensor:
         return keep_within(super().sample(rng, temperature))

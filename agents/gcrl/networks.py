@@ -344,15 +344,22 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Diagonal normal distribution: mean (B, A), log standard deviation (A,) (0: standard deviation 1)."""
+    """Diagonal normal distribution: mean (B, A), log standard deviation (A,) (``None``: standard deviation 1)."""
 
     mean: Tensor
-    log_std: Tensor
+    log_std: Tensor | None = None
+
+    @property
+    def std(self) -> Tensor | float:
+        return 1.0 if self.log_std is None else torch.exp(self.log_std)
 
     def log_prob(self, action: Tensor) -> Tensor:
         """(B, A) -> (B,)."""
-        z = (action - self.mean) * torch.exp(-self.log_std)
-        return (-0.5 * z.square() - self.log_std - 0.5 * float(np.log(2 * np.pi))).sum(-1)
+        z, constant = action - self.mean, 0.5 * float(np.log(2 * np.pi))
+        if self.log_std is None:
+            return -0.5 * z.square().sum(-1) - constant * z.shape[-1]
+        z = z * torch.exp(-self.log_std)
+        return (-0.5 * z.square() - self.log_std - constant).sum(-1)
 
     @property
     def mode(self) -> Tensor:
@@ -360,7 +367,7 @@ class Gaussian:
 
     def sample(self, rng: torch.Generator, temperature: float = 1.0) -> Tensor:
         noise = torch.randn(self.mean.shape, generator=rng, device=rng.device).to(self.mean.device)
-        return self.mean + temperature * torch.exp(self.log_std) * noise
+        return self.mean + temperature * self.std * noise
 
 
 @dataclass(frozen=True)
@@ -409,8 +416,7 @@ class Actor(nn.Module):
         out = self.net(*inputs, extra=extra)
         if self.discrete:
             return Categorical(out)
-        log_std = out.new_zeros(out.shape[-1]) if self.log_std is None else self.log_std.clamp(-5, 2)
-        return Gaussian(out, log_std)
+        return Gaussian(out, None if self.log_std is None else self.log_std.clamp(-5, 2))
 
 
 def action_size(space: gymnasium.Space) -> int:
