@@ -15,6 +15,8 @@ writes docs/rl_versus_planning.md from what there is; what has not been run is s
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +30,12 @@ from clbench.config import build
 from clbench.experiments import RunConfig
 from clbench.metrics.comparison import paired
 from clbench.metrics.statistics import Interval, summarise
+from clbench.registry import resolve
 from clbench.report import find_runs
 from clbench.report.markdown import interval_text
 from clbench.report.runs import Run, load_run
 from clbench.rng import numpy_generator
+from clbench.streams.two_rooms_chase import SPEEDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "rl_versus_planning.md"
@@ -46,8 +50,8 @@ def rooms(name: str) -> str:
 GOOD = rooms("good")
 MAZE = "point-maze/5-layouts-v0?observation=layout"
 
-# axis -> data set -> (label, published success of AGENTS in percent: figures 1 and 4 and table 2 of version 2 of the paper,
-# GCIQL without doors as in version 4). Extremes and middle of each axis.
+# axis -> data set -> (label, published success of AGENTS in percent: figures 1 and 4 and table 2 of version 2 of the paper;
+# GCIQL on good data and without doors as in table 2 of version 4, before 93.6 and 22). Extremes and middle of each axis.
 Published = tuple[float | None, ...]
 BEST: Published = (97.8, 100, 96.4, 98.0, 89.3, 86.0)
 AXES: Mapping[str, tuple[str, Mapping[str, tuple[str, Published]]]] = {
@@ -110,6 +114,7 @@ class Finding:
     better: str
     worse: tuple[str, ...]
     tie: bool = False
+    task: str | None = None  # of the stream; all of them by default
 
 
 MARGIN = 0.1  # of success; smaller differences count as a tie
@@ -118,9 +123,11 @@ POLICIES = ("hiql", "gciql", "crl", "gcbc")
 FINDINGS = (
     Finding("Planning wins on little data (5,078 transitions)", rooms("size-5078"), "pldm", OTHERS),
     Finding("Planning wins on new layouts (5 in the data)", MAZE, "pldm", OTHERS),
+    Finding("Planning wins on a new task (a chaser of speed 1)", CHASE, "pldm", ("hilp",), task="chase-1"),
     Finding("Planning beats policies on short trajectories", rooms("length-17"), "pldm", POLICIES),
     Finding("HILP wins where no trajectory passes the door", rooms("no-door"), "hilp", ("pldm",)),
     Finding("HILP wins on short trajectories", rooms("length-17"), "hilp", ("pldm",)),
+    Finding("HILP wins on random data", rooms("mix-0"), "hilp", ("pldm", *POLICIES)),
     Finding("HILP wins on hardly any good data (2 %)", rooms("mix-0.02"), "hilp", ("pldm",)),
     Finding("A tie on the best data", GOOD, "pldm", ("hilp", "hiql", "gciql"), tie=True),
 )
@@ -143,29 +150,41 @@ def main(given: Sequence[str] | None = None) -> str:
     unknown = [a for a in axes if a not in (*AXES, CHASE)]
     if unknown:
         parser.error(f"unknown axes {', '.join(unknown)}; there are {', '.join((*AXES, CHASE))}")
+    unknown = [a for a in arguments.agents.split(",") if a not in AGENTS]
+    if unknown:
+        parser.error(f"unknown agents {', '.join(unknown)}; the study has {', '.join(AGENTS)}")
     out = arguments.out / arguments.scale
-    if not arguments.no_run:
-        run(axes, arguments, out)
+    failed = 0 if arguments.no_run else run(axes, arguments, out)
     text = page(Study(out), arguments)
     print(text)
     if arguments.write:
         PAGE.write_text(text)
+    if failed:
+        raise SystemExit(f"{failed} cells gave no result; {out}/**/report.html says why, the same command tries again.")
     return text
 
 
-def run(axes: Sequence[str], arguments: argparse.Namespace, out: Path) -> None:
-    """Whatever is not there yet."""
+def run(axes: Sequence[str], arguments: argparse.Namespace, out: Path) -> int:
+    """Whatever is not there yet. Returns the number of cells without a result."""
     agents, seeds = arguments.agents.split(","), [int(s) for s in arguments.seeds.split(",")]
     datasets = list(dict.fromkeys(d for axis in axes if axis != CHASE for d in AXES[axis][1]))
-    datasets = [d for d in datasets if any(part in d for part in arguments.only.split(","))]
-    pieces = [(datasets, agents)] if datasets else []
-    if CHASE in axes:
-        pieces.append(([CHASE], [a for a in CHASE_PUBLISHED if a in agents]))
-    for names, who in pieces:
-        compare(
-            names, agents=who, seeds=seeds, scale=arguments.scale, device=arguments.device, workers=arguments.workers,
-            out=out, note=lambda text: print(text, file=sys.stderr, flush=True),
-        )  # fmt: skip
+    chosen = [
+        d for d in (*datasets, *([CHASE] if CHASE in axes else [])) if any(p in d for p in arguments.only.split(","))
+    ]
+    of_chase = [a for a in CHASE_PUBLISHED if a in agents]
+    pieces = [
+        (out, [d for d in chosen if d != CHASE], agents),
+        (out / "new-task", [d for d in chosen if d == CHASE], of_chase),  # apart: every folder has one report
+    ]
+    failed = 0
+    for folder, names, who in pieces:
+        if names and who:
+            found = compare(
+                names, agents=who, seeds=seeds, scale=arguments.scale, device=arguments.device,
+                workers=arguments.workers, out=folder, note=lambda text: print(text, file=sys.stderr, flush=True),
+            )  # fmt: skip
+            failed += len(found.failures)
+    return failed
 
 
 def task_scores(found: Run, task: str) -> np.ndarray:
@@ -185,9 +204,10 @@ class Study:
                 name = str(found.config["stream"])
                 self.runs.setdefault(name, {}).setdefault(found.agent, {})[found.seed] = found
 
-    def scores(self, dataset: str, agent: str) -> dict[int, np.ndarray]:
-        """Seed -> scores of the frozen episodes (E,)."""
-        return {s: episode_scores(r) for s, r in sorted(self.runs.get(dataset, {}).get(agent, {}).items())}
+    def scores(self, dataset: str, agent: str, task: str | None = None) -> dict[int, np.ndarray]:
+        """Seed -> scores of the frozen episodes (E,), of one task or of all."""
+        runs = sorted(self.runs.get(dataset, {}).get(agent, {}).items())
+        return {s: episode_scores(r) if task is None else task_scores(r, task) for s, r in runs}
 
     def success(self, dataset: str, agent: str) -> Interval:
         means = [float(s.mean()) for s in self.scores(dataset, agent).values()]
@@ -203,8 +223,8 @@ class Study:
 def page(study: Study, arguments: argparse.Namespace) -> str:
     made = study.all()
     parts = [INTRODUCTION.format(scale=arguments.scale), _how(made, arguments)]
-    parts += ["## Which findings hold here", findings(study)]
-    parts += [f"## {title}\n\n{axis_table(study, points)}" for title, points in AXES.values()]
+    parts += ["## Which findings hold here", RULE.format(margin=MARGIN), findings(study)]
+    parts += [f"## {title}\n\n{axis_table(study, points, arguments.scale)}" for title, points in AXES.values()]
     parts += ["## Two-Rooms: a new task, to stay away from a chaser, without further training", chase_table(study)]
     parts += ["## What it cost", costs(study), "## Commands", commands(made)]
     return "\n\n".join(parts) + "\n"
@@ -217,7 +237,13 @@ Written by `python scripts/rl_versus_planning.py --scale {scale} --write`; nothi
 One world model that is planned with (`pldm`) and five methods that learn a policy from the same reward-free data (`hilp`,
 `hiql`, `gciql`, `crl`, `gcbc`), on the axes of Sobal et al. 2025 (arXiv 2502.14819). All meet the same frozen episodes.
 Beside each success stand the paper's figures in percent: other networks, pixels, and far more training, so they are to
-compare orders with, not levels. **A cell without a number was not run.**"""
+compare orders with, not levels. **A cell without a number has no complete run.**"""
+
+RULE = """Difference in success, paired by seed and by episode; the published one in points of percent. A finding
+*holds* where both intervals (over seeds, over episodes) lie on its side of 0, is *reversed* where both lie on the
+other, and *undecided* otherwise; a tie holds where both lie within +-{margin:g}, and is none where both lie outside.
+With 3 seeds, three differences of the same sign put the interval over seeds on one side, which happens by chance one
+time in four; there is no correction for the number of rows."""
 
 
 def _how(made: Sequence[Run], arguments: argparse.Namespace) -> str:
@@ -235,8 +261,8 @@ def _how(made: Sequence[Run], arguments: argparse.Namespace) -> str:
     )
 
 
-def axis_table(study: Study, points: Mapping[str, tuple[str, Published]]) -> str:
-    rows: list[Sequence[str]] = [("", *AGENTS)]
+def axis_table(study: Study, points: Mapping[str, tuple[str, Published]], scale: str) -> str:
+    rows: list[Sequence[str]] = [(f"scale {scale}", *AGENTS)]
     for dataset, (label, published) in points.items():
         row = [label]
         for agent, theirs in zip(AGENTS, published, strict=True):
@@ -250,9 +276,9 @@ def findings(study: Study) -> str:
     """Each published difference beside ours, paired by seed and episode."""
     rows: list[Sequence[str]] = [("finding", "difference of", "published", "here", "verdict")]
     for finding in FINDINGS:
-        published = _published(finding.dataset)
+        published = _published(finding)
         for other in finding.worse:
-            a, b = (study.scores(finding.dataset, agent) for agent in (finding.better, other))
+            a, b = (study.scores(finding.dataset, agent, finding.task) for agent in (finding.better, other))
             found = paired(finding.dataset, finding.better, a, other, b)
             theirs = published[finding.better], published[other]
             gap = "-" if None in theirs else f"{theirs[0] - theirs[1]:+.1f} %"  # type: ignore[operator]
@@ -261,8 +287,12 @@ def findings(study: Study) -> str:
     return _table(rows)
 
 
-def _published(dataset: str) -> dict[str, float | None]:
-    return next(dict(zip(AGENTS, points[dataset][1], strict=True)) for _, points in AXES.values() if dataset in points)
+def _published(finding: Finding) -> Mapping[str, float | None]:
+    if finding.dataset == CHASE:
+        number = [f"chase-{speed:g}" for speed in SPEEDS].index(str(finding.task))
+        return {agent: of_speed[number] for agent, of_speed in CHASE_PUBLISHED.items()}
+    points = next(points for _, points in AXES.values() if finding.dataset in points)
+    return dict(zip(AGENTS, points[finding.dataset][1], strict=True))
 
 
 def _difference(found: Mapping[str, Any]) -> str:
@@ -280,9 +310,12 @@ def _verdict(found: Mapping[str, Any] | None, tie: bool) -> str:
         return "-"
     if found["low"] is None:
         return "one seed"
-    low, high = min(found["low"], found["episodes_low"]), max(found["high"], found["episodes_high"])
+    low = min(v for v in (found["low"], found["episodes_low"]) if v is not None)
+    high = max(v for v in (found["high"], found["episodes_high"]) if v is not None)
     if tie:
-        return "holds" if low > -MARGIN and high < MARGIN else "no tie" if low > 0 or high < 0 else "undecided"
+        return (
+            "holds" if low > -MARGIN and high < MARGIN else "no tie" if low > MARGIN or high < -MARGIN else "undecided"
+        )
     return "holds" if low > 0 else "reversed" if high < 0 else "undecided"
 
 
@@ -327,8 +360,18 @@ def costs(study: Study) -> str:
 
 def commands(made: Sequence[Run]) -> str:
     """One line per run, which makes it anywhere."""
-    lines = [command_of(build(RunConfig, r.config, where="study")) for r in made]
+    lines = [
+        command_of(build(RunConfig, {**r.config, "agent_options": chosen_options(r)}, where="study")) for r in made
+    ]
     return "Each cell on its own:\n\n```\n" + "\n".join(sorted(lines)) + "\n```"
+
+
+def chosen_options(found: Run) -> dict[str, Any]:
+    """The options of a run's agent without those that its preset, or nothing at all, brings anyway."""
+    kind, options = resolve("agents", found.agent).Config, found.config["agent_options"]
+    start = {k: options[k] for k in ("preset",) if k in options}
+    brought = json.loads(json.dumps(dataclasses.asdict(build(kind, start, where=found.agent))))
+    return {**start, **{k: v for k, v in options.items() if v != brought.get(k)}}
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
