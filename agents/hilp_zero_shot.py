@@ -245,6 +245,7 @@ class HILPZeroShot(GoalAgent):
 
     targets = {"target_phi": "phi", "target_successor": "successor"}
     avoids = True
+    graphs = False  # pinv waits for the GPU
     phi: HilbertFeatures
     target_phi: HilbertFeatures
     successor: TwoTowers

@@ -19,6 +19,8 @@ from gymnasium.spaces import Box, Dict, Discrete
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clbench.agents.gcrl.compiled import compiled_loss
+from clbench.agents.gcrl.graphs import UpdateGraph, recordable
 from clbench.agents.gcrl.networks import SIGN, Distribution, Input, Inputs, action_size
 from clbench.agents.gcrl.presets import PRESETS, preset_of
 from clbench.agents.networks.encoders import Scale
@@ -88,6 +90,10 @@ class GoalConfig:
         learn_std: a learned standard deviation per coordinate of continuous actions, in place of 1.
         reset_optimizer: start every task with fresh moments of Adam.
         log_every: updates between two reports of the losses.
+        compile: the loss with ``torch.compile``; results are equal up to rounding. The first update takes long.
+        updates_per_graph: K > 1: on a CUDA device, K updates are recorded as one CUDA graph and replayed in one launch. The
+            agent then yields after every K updates; what is left of a budget is done one by one. 0 or 1, and on a CPU any
+            number: one by one.
     """
 
     preset: Preset = "small"
@@ -106,6 +112,8 @@ class GoalConfig:
     learn_std: bool | None = None
     reset_optimizer: bool = True
     log_every: int = 50
+    compile: bool = False
+    updates_per_graph: int = 0
 
     agent = ""  # whose column of the table of presets
 
@@ -120,6 +128,8 @@ class GoalConfig:
             value = getattr(self, name, None)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive, got {value}.")
+        if self.updates_per_graph < 0:
+            raise ConfigError(f"updates_per_graph must be at least 0, got {self.updates_per_graph}.")
         for name in ("expectile", "skill_expectile"):
             value = getattr(self, name, None)
             if value is not None and not 0 < value < 1:
@@ -160,7 +170,10 @@ class GoalAgent(Agent):
     requires = frozenset({"dataset", "goal"})
     targets: ClassVar[Mapping[str, str]] = {}  # target network -> network
     avoids: ClassVar[bool] = False  # whether ``policy`` takes ``sign`` (B, 1): -1 where the goal is to be avoided
-    looks_ahead: ClassVar[bool] = True  # whether ``loss`` uses next states; if not, a batch has the states in their place
+    looks_ahead: ClassVar[bool] = (
+        True  # whether ``loss`` uses next states; if not, a batch has the states in their place
+    )
+    graphs: ClassVar[bool] = True  # whether updates can be recorded as a CUDA graph
 
     @dataclass
     class Config(GoalConfig):
@@ -175,6 +188,11 @@ class GoalAgent(Agent):
             raise ConfigError(
                 f"Agent {self.name!r} can only reach goals, but observations have the key {SIGN!r}: some goals are to be "
                 "avoided. Use hilp, hilp-zero-shot or pldm."
+            )
+        if config.updates_per_graph > 1 and not self.graphs:
+            raise ConfigError(
+                f"The updates of agent {self.name!r} cannot be recorded as a CUDA graph, because the CPU has a part in "
+                "them; set updates_per_graph to 0."
             )
         self.discrete = isinstance(spaces.action, Discrete)
         self.action_size = action_size(spaces.action)
@@ -223,16 +241,24 @@ class GoalAgent(Agent):
             self.optimizer = self._new_optimizer()
 
     def learn(self, experience: Experience, budget: int, *, rng: torch.Generator) -> Iterator[Mapping[str, float]]:
-        """``budget`` gradient updates on batches drawn with ``rng``."""
+        """``budget`` gradient updates on batches drawn with ``rng``; yields after each, or after each graph of them."""
         data = experience.dataset
         if data is None:
             raise ContractError(
                 f"Agent {self.name!r} learns from a data set, but the experience of this phase has none."
             )
         self.prepare(data)
-        for step in range(1, budget + 1):
-            info = self.update(self.sample(data, rng))
-            report = self.updates % self.config.log_every == 0 or step == budget
+        count, every, step = self.config.updates_per_graph, self.config.log_every, 0
+        graph = UpdateGraph(self, data, rng, count) if count > 1 and recordable(self.device) else None
+        while step < budget:
+            before = self.updates
+            if graph is not None and budget - step >= count:
+                info = graph()
+                step += count
+            else:
+                info = self.update(self.sample(data, rng))
+                step += 1
+            report = self.updates // every > before // every or step == budget
             yield {"step": step, **({k: v.item() for k, v in info.items()} if report else {})}
 
     def prepare(self, data: OfflineDataset) -> None:
@@ -308,7 +334,7 @@ class GoalAgent(Agent):
 
     def update(self, batch: GoalBatch) -> dict[str, Tensor]:
         """One step of Adam on ``loss``."""
-        loss, info = self.loss(batch)
+        loss, info = compiled_loss(self, batch) if self.config.compile else self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.update_targets()

@@ -1,8 +1,8 @@
 """Training loops of offline goal-conditioned RL as one writes them by hand for one method: the limit of ``bench updates``.
 
 One function per loss, plain ``nn.Sequential``, a Python loop over the members of an ensemble, data that are normalised
-beforehand (with all features), indices drawn on tensors, one backward pass, fused Adam. The maths is that of the agents of the same name, see
-there; a test compares losses and gradients.
+beforehand (with all features), indices drawn on tensors, one backward pass, fused Adam. The maths is that of the agents of
+the same name, see there; a test compares losses and gradients.
 """
 
 from __future__ import annotations
