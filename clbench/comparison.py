@@ -54,7 +54,7 @@ OBSERVATION: dict[str, str] = {"small": "state", "paper": "pixels"}  # where the
 # gradient updates per run; "*" is any agent. Paper scale: three passes over the reference data (PLDM); OGBench's of pixels
 BUDGETS: dict[str, dict[str, int]] = {"small": {"*": 6_000, "pldm": 4_000}, "paper": {"*": 500_000, "pldm": 144_000}}
 # whose preset an agent takes at the scale of the paper, by the beginning of the data set's name; FLAVOURS in the name are
-# added where the agent knows such a preset (pointmaze-giant-stitch), and FALLBACK is for those that have none of the family
+# added where the agent knows such a preset (pointmaze-giant-stitch), and FALLBACKS are for those without one of the family
 PRESETS: dict[str, str] = {
     "two-rooms/": "two-rooms",
     "point-maze/": "diverse-maze",
@@ -62,7 +62,7 @@ PRESETS: dict[str, str] = {
     **{f"ogbench/{name}": name for name in ("pointmaze", "antmaze", "humanoidmaze", "antsoccer", "powderworld")},
     **{f"ogbench/{name}": "manipulation" for name in ("cube", "scene", "puzzle")},
 }
-FLAVOURS, FALLBACK = ("giant", "stitch", "explore", "play", "noisy"), "ogbench"
+FLAVOURS, FALLBACKS = ("giant", "stitch", "explore", "play", "noisy"), ("ogbench", "reference")
 MEMORY: dict[str, int] = {"small": 2 * 2**30, "paper": 8 * 2**30}  # bytes to allow per worker
 EVAL_ENVS = 512
 CONTROLLERS = {"oracle": "oracle_actions", "straight-line": "straight_line_actions"}
@@ -266,9 +266,9 @@ def _presets_of_family(dataset: str) -> list[str]:
     """What the preset of a data set may be called, the most special first."""
     family = next((v for k, v in PRESETS.items() if dataset.startswith(k)), None)
     if family is None:
-        return [FALLBACK]
+        return list(FALLBACKS)
     flavours = [f for f in FLAVOURS if f in dataset.partition("?")[0].split("/")[-1].split("-")]
-    names = ["-".join((family, *flavours)), *(f"{family}-{f}" for f in reversed(flavours)), family, FALLBACK]
+    names = ["-".join((family, *flavours)), *(f"{family}-{f}" for f in reversed(flavours)), family, *FALLBACKS]
     return list(dict.fromkeys(names))
 
 

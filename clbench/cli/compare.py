@@ -117,7 +117,7 @@ def seeds_of(text: str) -> list[int]:
     found: list[int] = []
     for part in (p.strip() for p in text.split(",")):
         first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not (last.isdigit() and int(first) <= int(last))):
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
             raise ConfigError(f"--seeds must be numbers with commas between, as 0,1,2 or 0-2, got {text!r}.")
         found += range(int(first), int(last or first) + 1)
     return found
@@ -128,7 +128,7 @@ def settings_of(settings: Iterable[str], agents: Sequence[str]) -> dict[str, dic
 
     Raises:
         UnknownNameError: an agent that is not compared.
-        ConfigError: not of that form.
+        ConfigError: not of that form, or an option that is set as a whole and in part.
     """
     found: dict[str, dict[str, Any]] = {}
     for text in settings:
@@ -140,7 +140,12 @@ def settings_of(settings: Iterable[str], agents: Sequence[str]) -> dict[str, dic
         if agent is None:
             raise unknown_name("agent", keys[0], agents, where=f"--set {text}")
         place = found.setdefault(agent, {})
-        for key in keys[:-1]:
-            place = place.setdefault(key.replace("-", "_"), {})
-        place[keys[-1].replace("-", "_")] = value
+        *groups, last = (key.replace("-", "_") for key in keys)
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {text}: {group} is set as a whole too; set it as a whole or in parts.")
+        if isinstance(place.get(last), dict):
+            raise ConfigError(f"--set {text}: parts of {last} are set too; set it as a whole or in parts.")
+        place[last] = value
     return found

@@ -226,6 +226,9 @@ def test_a_folder_with_another_configuration_is_refused_before_the_first_run(don
         ([SMALL, "--agents", "bc", "--seeds", "a"], "--seeds must be numbers"),
         ([SMALL, "--agents", "bc", "--set", "bd.lr=1"], "Did you mean 'bc'"),
         ([SMALL, "--agents", "bc", "--set", "lr=1"], "AGENT.OPTION=VALUE"),
+        ([SMALL, "--agents", "pldm", "--set", "pldm.a=1", "--set", "pldm.a.b=2"], "a is set as a whole too"),
+        ([SMALL, "--agents", "pldm", "--set", "pldm.a.b=2", "--set", "pldm.a=1"], "parts of a are set too"),
+        ([SMALL, "--agents", "bc", "--seeds", "²"], "--seeds must be numbers"),
         ([SMALL, "--agents", "bc,", "--set", "bc.lr=fast"], "must be of type float"),
         ([SMALL, "--agents", "bc", "--workers", "-2"], "workers must be"),
     ],
@@ -347,6 +350,9 @@ def test_presets_by_family() -> None:
         "ogbench/some-other-v0": "ogbench",
     }.items():
         assert preset_of(gciql, "gciql", name, "paper") == preset
+    zero_shot = resolve("agents", "hilp-zero-shot")
+    assert preset_of(zero_shot, "hilp-zero-shot", SMALL, "paper") == "reference"  # not its default, which is small
+    assert preset_of(zero_shot, "hilp-zero-shot", SMALL, "small") == "small"
 
 
 def test_axes_of_the_papers_figures() -> None:
