@@ -2,7 +2,8 @@
 
 Sources: OGBench (Park et al. 2025, arXiv 2410.20092), its table of hyperparameters and the commands of its code; HILP
 (Park et al. 2024, arXiv 2402.15567); PLDM (Sobal et al. 2025, arXiv 2502.14819), appendix C and J, for ``two-rooms`` and
-``diverse-maze``. ``small`` is ours: smaller networks, larger steps, a shorter horizon and normalised inputs.
+``diverse-maze``. ``small`` is ours: smaller networks, larger steps, a shorter horizon, normalised inputs and sines and
+cosines of them, which thin walls need; ``small-pointmaze`` has OGBench's alphas of its mazes, and thick walls.
 
 ``alpha`` means opposite things: with ``awr`` larger is greedier, with ``ddpg-bc`` larger is closer to the data.
 """
@@ -93,7 +94,7 @@ PRESETS: Mapping[str, Mapping[str, Values]] = {
         "hilp": {"skill_dim": 16}, "hilp-zero-shot": SMALL_ZERO_SHOT,
     },
     "small-pointmaze": {
-        "": SMALL, **_alphas(10, 0.003, 0.0003, 0.03, 3, 3, 15), "qrl": {"alpha": 0.0003, "latent_dim": 64},
+        "": {**SMALL, "frequencies": 0}, **_alphas(10, 0.003, 0.0003, 0.03, 3, 3, 15), "qrl": {"alpha": 0.0003, "latent_dim": 64},
         "crl": {"alpha": 0.03, "latent_dim": 64}, "hilp": {"skill_dim": 16}, "hilp-zero-shot": SMALL_ZERO_SHOT,
     },
     "reference": {},  # of hilp-zero-shot, whose reference is not OGBench
