@@ -373,7 +373,7 @@ class HILPZeroShot(GoalAgent):
     def policy(self, s: Input, g: Input, achieved: Input, *, rng: torch.Generator, temperature: float,
                sign: Tensor | None = None) -> Distribution:  # fmt: skip
         if self.prompted is not None:
-            return self.pi(s, self.prompted.expand(len(s), -1))
+            return self.pi(s, self.prompted.expand(s.rows, -1))
         here, there = self.phi.first(stack_rows(achieved, g)).chunk(2)
         z = task_vector(there - here)
         return self.pi(s, z if sign is None else sign * z)

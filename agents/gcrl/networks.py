@@ -35,8 +35,11 @@ class Input(NamedTuple):
     flat: Tensor | None
     image: Tensor | None = None
 
-    def __len__(self) -> int:  # type: ignore[override]
-        return len(self.flat if self.flat is not None else self.image)  # type: ignore[arg-type]
+    @property
+    def rows(self) -> int:
+        """B; 0 where there is neither."""
+        part = self.image if self.flat is None else self.flat
+        return 0 if part is None else len(part)
 
 
 def stack_rows(*inputs: Input) -> Input:
