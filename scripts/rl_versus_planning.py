@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from clbench.comparison import command_of, compare, episode_scores
 from clbench.config import build
@@ -239,11 +240,11 @@ One world model that is planned with (`pldm`) and five methods that learn a poli
 Beside each success stand the paper's figures in percent: other networks, pixels, and far more training, so they are to
 compare orders with, not levels. **A cell without a number has no complete run.**"""
 
-RULE = """Difference in success, paired by seed and by episode; the published one in points of percent. A finding
-*holds* where both intervals (over seeds, over episodes) lie on its side of 0, is *reversed* where both lie on the
-other, and *undecided* otherwise; a tie holds where both lie within +-{margin:g}, and is none where both lie outside.
-With 3 seeds, three differences of the same sign put the interval over seeds on one side, which happens by chance one
-time in four; there is no correction for the number of rows."""
+RULE = """Difference in success, paired by seed and by episode; the published one in points of percent. Over seeds the
+interval is that of Student's t, because a bootstrap of 3 seeds is far too narrow; over episodes it is a bootstrap,
+the runs as they are. A finding *holds* where both lie on its side of 0, is *reversed* where both lie on the other,
+and *undecided* otherwise; a tie holds where both lie within +-{margin:g}, and is none where both lie outside. There
+is no correction for the number of rows."""
 
 
 def _how(made: Sequence[Run], arguments: argparse.Namespace) -> str:
@@ -282,9 +283,20 @@ def findings(study: Study) -> str:
             found = paired(finding.dataset, finding.better, a, other, b)
             theirs = published[finding.better], published[other]
             gap = "-" if None in theirs else f"{theirs[0] - theirs[1]:+.1f} %"  # type: ignore[operator]
+            if found is not None:
+                found |= student(np.array([a[s].mean() - b[s].mean() for s in found["seeds"]]))
             ours = "not run" if found is None else _difference(found)
             rows.append((finding.text, f"{finding.better} - {other}", gap, ours, _verdict(found, finding.tie)))
     return _table(rows)
+
+
+def student(differences: np.ndarray) -> dict[str, float | None]:
+    """The 95 % interval of Student's t for the mean of paired differences (runs,); none with one."""
+    n = len(differences)
+    if n == 1:
+        return {"low": None, "high": None}
+    half = float(stdtrit(n - 1, 0.975) * differences.std(ddof=1) / np.sqrt(n))
+    return {"low": float(differences.mean()) - half, "high": float(differences.mean()) + half}
 
 
 def _published(finding: Finding) -> Mapping[str, float | None]:
@@ -305,7 +317,7 @@ def _difference(found: Mapping[str, Any]) -> str:
 
 
 def _verdict(found: Mapping[str, Any] | None, tie: bool) -> str:
-    """By both intervals, over seeds and over episodes; the one over seeds is narrow by chance with few of them."""
+    """By both intervals, over seeds and over episodes; the first can be narrow by chance."""
     if found is None:
         return "-"
     if found["low"] is None:
