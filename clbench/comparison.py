@@ -617,7 +617,7 @@ def _content(
         "agents": list(agents),
         "seeds": sorted({cell.seed for cell in cells}),
         "settings": {
-            "stream_options": dict(config.stream_options),
+            "stream_options": {c.dataset: dict(c.resolved.config.stream_options) for c in cells},
             "eval_every": config.eval_every,
             "threads": config.threads,
             "device": config.device,

@@ -126,6 +126,9 @@ def test_more_seeds_and_data_sets_keep_what_is_there(done: Any, tmp_path: Path) 
     said: list[str] = []
     more = compare(tmp_path, [SMALL, "two-rooms/size-1269-v0"], agents=["bc"], seeds=[0, 1, 2], note=said.append)
     assert said[0] == "2 of 6 cells are complete already." and not more.failures
+    assert more.content["settings"]["stream_options"] == dict.fromkeys(
+        (SMALL, "two-rooms/size-1269-v0"), {"observation": "state", "episodes": 4}
+    )
     assert [r["success"] for r in first.rows] == [r["success"] for r in more.rows[:2]]
     assert more.content["axes"] == {"two-rooms: size": {SMALL: 634.0, "two-rooms/size-1269-v0": 1269.0}}
 
