@@ -28,8 +28,8 @@ def compiled_loss(agent: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     try:
         return _compiled(type(agent).loss)(agent, batch)
     except TorchDynamoException as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # more is a traceback
         raise ConfigError(
-            f"Agent {agent.name!r}: the loss could not be compiled ({reason.strip()}). torch.compile needs a C++ compiler, "
+            f"Agent {agent.name!r}: the loss could not be compiled ({reason}). torch.compile needs a C++ compiler, "
             "such as g++; install one, or leave compile off."
         ) from error
