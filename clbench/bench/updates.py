@@ -3,7 +3,7 @@
 Each row is one implementation of one agent::
 
     {"name", "device", "value", "unit", "ratio_to_limit", "agent", "preset", "implementation", "obs", "act", "seeds",
-     "batch_size", "hidden", "threads", "clock", "rounds"}
+     "updates_per_graph", "batch_size", "hidden", "threads", "clock", "rounds"}
 
 ``value`` is the median over rounds of updates per second (``unit`` is ``"updates/s"``), batches included; with several
 seeds, of updates of all seeds together. The limit is :mod:`clbench.bench.minimal_gcrl`, the same maths on the same data
@@ -90,7 +90,7 @@ Update = Callable[[], Any]
 
 def bench_updates(
     agents: Sequence[str] = DEFAULT, *, preset: Literal["small", "ogbench"] = "small", obs: int = 2, act: int = 2,
-    seeds: int = 1, device: str = "cpu", threads: int | None = None, rounds: int | None = None,
+    seeds: int = 1, updates_per_graph: int = 0, device: str = "cpu", threads: int | None = None, rounds: int | None = None,
     clock: Literal["wall", "cpu"] = "wall", quick: bool = False, note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure the updates of agents.
@@ -102,6 +102,7 @@ def bench_updates(
         obs: numbers in an observation, which is also what is achieved.
         act: numbers in an action.
         seeds: trainings at once; with more than one, ours are also measured with the seeds as an axis of all tensors.
+        updates_per_graph: K > 1: ours as CUDA graphs of K updates each; on a CPU, one by one.
         device: where everything is computed.
         threads: of torch during the measurement; default as they are.
         rounds: times that everything is measured; default as many as fit 20 seconds, at least 5.
@@ -123,6 +124,8 @@ def bench_updates(
         for name in names:
             if name not in choices:
                 raise unknown_name(kind, name, choices)
+    if updates_per_graph < 0:
+        raise ConfigError(f"updates_per_graph must be at least 0, got {updates_per_graph}.")
     for name, value in {"obs": obs, "act": act, "seeds": seeds, "rounds": rounds, "threads": threads}.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}.")
@@ -134,13 +137,14 @@ def bench_updates(
         try:
             for method in agents:
                 options: dict[str, Any] = {"hidden": (16, 16), "batch_size": 8} if quick else {}
-                options |= {"preset": preset} if method.partition(":")[0] in LOSSES else {}
+                if method.partition(":")[0] in LOSSES:
+                    options |= {"preset": preset, "updates_per_graph": updates_per_graph}
                 if method == "pldm":
                     options.pop("hidden", None)
                 seed_global(0)  # nn.Linear draws from the process-wide generator
                 updates, config = _implementations(method, data, options, seeds, device)
                 times = _measure(updates, rounds or (1 if quick else None), CLOCKS[clock], device, method, note)
-                rows += _rows(times, method, preset, config, (obs, act), seeds, device, clock)
+                rows += _rows(times, method, _per_call(options), config, (obs, act), seeds, device, clock)
         finally:
             torch.set_num_threads(before)
     return rows
@@ -149,12 +153,14 @@ def bench_updates(
 def _implementations(
     method: str, data: OfflineDataset, options: Mapping[str, Any], seeds: int, device: str
 ) -> tuple[dict[str, Update], Any]:
-    """One update of every seed, by implementation; and the resolved options."""
-    name = method.partition(":")[0]
+    """What makes the updates of a graph (one without graphs) of every seed, by implementation; and the resolved options."""
+    name, count = method.partition(":")[0], _per_call(options)
 
     def learning(agent: Agent, seed: int) -> Iterator[Mapping[str, float]]:
         rng = torch_generator(seed, "bench", "updates", "learn", device=device)
-        return iter(agent.learn(Experience(dataset=data), 10**9, rng=rng))
+        for metrics in agent.learn(Experience(dataset=data), 10**9, rng=rng):
+            if metrics["step"] % count == 0:  # with graphs all are
+                yield metrics
 
     agents = [make_agent(method, data, seed=seed, device=device, **options) for seed in range(seeds)]
     loops = [learning(agent, seed) for seed, agent in enumerate(agents)]
@@ -162,21 +168,26 @@ def _implementations(
     updates: dict[str, Update] = {OURS: lambda: [next(loop) for loop in loops]}
     if name in LOSSES:
         written = [hand_written(method, data, config, seed) for seed in range(seeds)]
-        updates[LIMIT] = lambda: [loop.update() for loop in written]
+        updates[LIMIT] = lambda: [loop.update() for _ in range(count) for loop in written]
     if name in LOSSES and seeds > 1:
         others = [make_agent(method, data, seed=seed, device=device, **options) for seed in range(seeds)]
         batch = SeedBatch([a for a in others if isinstance(a, GoalAgent)])
         rngs = [torch_generator(seed, "bench", "updates", "learn", device=device) for seed in range(seeds)]
         together = batch.learn(data, 10**9, rngs=rngs)
-        updates[BATCHED] = lambda: next(together)
+        updates[BATCHED] = lambda: [next(together) for _ in range(count)]
     return updates, config
+
+
+def _per_call(options: Mapping[str, Any]) -> int:
+    """Updates that are measured as one."""
+    return max(1, options.get("updates_per_graph", 0))
 
 
 def _measure(
     updates: Mapping[str, Update], rounds: int | None, clock: Callable[[], float], device: str, method: str,
     note: Callable[[str], None],
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds per update of each implementation in each round; the order differs from round to round."""
+    """Seconds per call of each implementation in each round; the order differs from round to round."""
     calls: dict[str, int] = {}
     seconds = 0.0
     for name, update in updates.items():
@@ -206,7 +217,7 @@ def _seconds(update: Update, calls: int, clock: Callable[[], float], device: str
 
 
 def _rows(
-    times: Mapping[str, list[float]], method: str, preset: str, config: Any, shape: tuple[int, int], seeds: int,
+    times: Mapping[str, list[float]], method: str, count: int, config: Any, shape: tuple[int, int], seeds: int,
     device: str, clock: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
     limit = times.get(LIMIT)
@@ -214,7 +225,7 @@ def _rows(
         {
             "name": f"{method} {name}",
             "device": device,
-            "value": seeds / statistics.median(own),
+            "value": count * seeds / statistics.median(own),
             "unit": "updates/s",
             "ratio_to_limit": limit and statistics.median(b / a for a, b in zip(own, limit, strict=True)),
             "agent": method,
@@ -223,6 +234,7 @@ def _rows(
             "obs": shape[0],
             "act": shape[1],
             "seeds": seeds,
+            "updates_per_graph": config.updates_per_graph if name == OURS and count > 1 else 0,
             "batch_size": config.batch_size,
             "hidden": list(config.hidden) if hasattr(config, "hidden") else None,
             "threads": torch.get_num_threads(),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import clbench.bench.updates as bench
+from clbench.agents.gcrl.base import GoalAgent
 from clbench.bench.rollouts import LIMIT, OURS
 from clbench.bench.updates import BATCHED, DEFAULT, bench_updates, point_maze_like
 from clbench.cli.main import _main
@@ -17,7 +18,7 @@ from clbench.errors import ConfigError, UnknownNameError
 
 KEYS = {
     "name", "device", "value", "unit", "ratio_to_limit", "agent", "preset", "implementation", "obs", "act", "seeds",
-    "batch_size", "hidden", "threads", "clock", "rounds",
+    "updates_per_graph", "batch_size", "hidden", "threads", "clock", "rounds",
 }  # fmt: skip
 
 
@@ -68,6 +69,34 @@ def test_the_ratio_is_ours_over_the_limit(monkeypatch: pytest.MonkeyPatch) -> No
     assert (limit["implementation"], limit["value"], limit["ratio_to_limit"]) == (LIMIT, 0.5, 1)
 
 
+def test_all_rows_count_the_updates_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call makes K updates of every implementation, and the speed is of updates, not of calls."""
+    made, update = {"ours": 0, "limit": 0}, GoalAgent.update
+
+    def ours(self: GoalAgent, batch: Any) -> Any:
+        made["ours"] += 1
+        return update(self, batch)
+
+    class Counted(bench.Loop):
+        def update(self) -> None:
+            made["limit"] += 1
+
+    def seconds(update: Any, calls: int, clock: Any, device: str) -> float:
+        before = dict(made)
+        update()
+        assert sorted(made[k] - before[k] for k in made) == [0, 5]
+        return 2.0
+
+    monkeypatch.setattr(GoalAgent, "update", ours)
+    monkeypatch.setattr(bench, "Loop", Counted)
+    monkeypatch.setattr(bench, "_seconds", seconds)
+    rows = bench_updates(["gcbc"], updates_per_graph=5, quick=True)
+    assert [(r["implementation"], r["value"], r["updates_per_graph"]) for r in rows] == [
+        (OURS, 2.5, 5),
+        (LIMIT, 2.5, 0),
+    ]
+
+
 def test_threads_and_generators_are_as_before() -> None:
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     bench_updates(["gcbc"], quick=True, threads=1)
@@ -90,6 +119,7 @@ def test_data_are_walks(shape: tuple[int, int]) -> None:
         ({"agents": ["random"]}, UnknownNameError, "agent 'random'"),
         ({"preset": "antmaze"}, UnknownNameError, "preset 'antmaze'"),
         ({"clock": "sun"}, UnknownNameError, "clock 'sun'"),
+        ({"updates_per_graph": -1}, ConfigError, "updates_per_graph must be at least 0, got -1"),
         ({"seeds": 0}, ConfigError, "seeds must be at least 1, got 0"),
         ({"rounds": 0}, ConfigError, "rounds must be at least 1"),
     ],
