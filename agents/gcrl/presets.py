@@ -95,7 +95,8 @@ PRESETS: Mapping[str, Mapping[str, Values]] = {
     },
     "small-pointmaze": {
         "": {**SMALL, "frequencies": 0}, **_alphas(10, 0.003, 0.0003, 0.03, 3, 3, 15),
-        "qrl": {"alpha": 0.0003, "latent_dim": 64}, "crl": {"alpha": 0.03, "latent_dim": 64}, "hilp": {"skill_dim": 16}, "hilp-zero-shot": SMALL_ZERO_SHOT,
+        "qrl": {"alpha": 0.0003, "latent_dim": 64}, "crl": {"alpha": 0.03, "latent_dim": 64},
+        "hilp": {"skill_dim": 16}, "hilp-zero-shot": SMALL_ZERO_SHOT,
     },
     "reference": {},  # of hilp-zero-shot, whose reference is not OGBench
     "pointmaze": POINTMAZE,
