@@ -55,6 +55,7 @@ class CRL(GoalAgent):
         latent_dim: int | None = None
         agent = "crl"
 
+    looks_ahead = False
     critic_phi: Network
     critic_psi: Network
     value_phi: Network

@@ -4,6 +4,7 @@ running again: what is tested there is what is recorded, when, and what happens 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -248,6 +249,15 @@ def test_negative_control_shapes_that_depend_on_values_are_noticed(
     monkeypatch.setattr(OfflineDataset, "next_observation", as_on_a_cpu)
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         on_gpu_like("gcivl")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_next_states_are_looked_up_where_the_loss_needs_them(method: str) -> None:
+    agent = fresh(method)
+    agent.prepare(DATA)
+    batch = agent.sample(DATA, generator())
+    other = dataclasses.replace(batch, s_next=batch.g_v, achieved_next=batch.g_v)
+    assert (float(agent.loss(batch)[0]) != float(agent.loss(other)[0])) == agent.looks_ahead
 
 
 # -- compiled ------------------------------------------------------------------------------------------------------------
