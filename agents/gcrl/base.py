@@ -124,7 +124,7 @@ class GoalConfig:
             if hasattr(self, name) and getattr(self, name) is None:
                 setattr(self, name, value)
         for name in ("lr", "batch_size", "log_every", "alpha", "high_alpha", "low_alpha", "subgoal_steps", "rep_dim",
-                     "latent_dim", "skill_dim", "groups"):  # fmt: skip
+                     "latent_dim", "skill_dim"):  # fmt: skip
             value = getattr(self, name, None)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive, got {value}.")

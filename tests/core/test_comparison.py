@@ -20,7 +20,7 @@ import clbench
 import clbench.comparison as comparison
 from clbench.cli.compare import seeds_of, settings_of
 from clbench.cli.main import _main, _run_arguments
-from clbench.comparison import MEASURED, axes_of, command_of, episode_scores, preset_of
+from clbench.comparison import MEASURED, axes_of, command_of, episode_scores, make_cells, preset_of
 from clbench.errors import ConfigError, ContractError, UnknownNameError
 from clbench.executors import InProcess, Processes
 from clbench.experiments import RunConfig, resolve_run
@@ -309,7 +309,7 @@ def test_an_observation_in_the_id_is_in_the_table(tmp_path: Path) -> None:
 
 
 def test_the_scale_decides_observation_and_preset(tmp_path: Path) -> None:
-    from clbench.comparison import BUDGETS, make_cells
+    from clbench.comparison import BUDGETS
 
     common = {"eval_every": 0, "threads": 1, "device": "cpu"}
     names = [SMALL, "two-rooms/size-1269-v0?observation=state"]
@@ -430,3 +430,12 @@ def test_stopped_and_given_again_it_is_the_same(tmp_path: Path, whole: Path, num
     again = start(tmp_path, *COMMAND, "--out", "stopped")
     assert again.communicate(timeout=240)[0] and again.returncode == 0
     assert deterministic(tmp_path / "stopped") == deterministic(whole)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "observation"), [("point-maze/5-layouts-v0", "layout"), ("two-rooms/size-634-v0", "state")]
+)
+def test_at_small_scale_mazes_are_seen_with_their_layout(dataset: str, observation: str, tmp_path: Path) -> None:
+    common = {"budget": 5, "eval_every": 0, "threads": 1, "device": "cpu"}
+    cell = make_cells([dataset], ["gcbc"], [0], "small", common, {}, {}, tmp_path)[0]
+    assert cell.resolved.stream.tasks[0].env_kwargs["observation"] == observation
