@@ -33,6 +33,10 @@ class MissingExtraError(ClbenchError, ImportError):
     """An optional dependency is not installed."""
 
 
+class CapacityExhausted(ClbenchError):
+    """A network has no free units left for another task."""
+
+
 class Interrupted(ClbenchError):
     """The user asked to stop (Ctrl-C); everything done so far has been saved."""
 
