@@ -7,6 +7,10 @@ if __name__ != "clbench.agents":
 TABLE: dict[str, tuple[str, str]] = {
     "random": ("clbench.agents.random:RandomAgent", "uniform random actions; the floor of every comparison"),
     "bc": ("clbench.agents.bc:BC", "(goal-conditioned) behaviour cloning; on Classify tasks the plain classifier"),
+    "eidetic-bc": (
+        "clbench.agents.eidetic_bc:EideticBC",
+        "(goal-conditioned) behaviour cloning with zero forgetting by construction (EideticNet)",
+    ),
     "gcbc": ("clbench.agents.gcbc:GCBC", "goal-conditioned behaviour cloning, offline (OGBench)"),
     "gcivl": ("clbench.agents.gcivl:GCIVL", "goal-conditioned implicit V-learning, offline (OGBench)"),
     "gciql": ("clbench.agents.gciql:GCIQL", "goal-conditioned implicit Q-learning, offline (OGBench)"),

@@ -17,6 +17,7 @@ GOALS: dict[str, Any] = {"hidden": (8,), "batch_size": 8}
 # options that make a registered agent small and quick; an agent that is not named here is checked with its defaults
 CONFIGS: dict[str, dict[str, Any]] = {
     "bc": {"hidden": (16,), "batch_size": 8},
+    "eidetic-bc": {"hidden": (16, 8), "batch_size": 8, "pruning": {"tasks": 3, "recover": 0.1}},
     "pldm": {
         "window": 4, "batch_size": 4, "replan_every": 2,
         "architecture": {"latent": 4, "encoder_hidden": (8,), "hidden": (8,), "channels": (4, 4, 4)},
@@ -40,7 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # enough for several updates and for two interruptions in the middle
 OFFLINE = ("gcbc", "gcivl", "gciql", "qrl", "crl", "hiql", "hilp", "hilp-zero-shot")
 SB3 = ("sb3-ppo", "sb3-dqn", "sb3-sac", "sb3-td3")
-BUDGETS = {**dict.fromkeys(("bc", "pldm", *OFFLINE), 12), **dict.fromkeys(SB3, 192)}
+BUDGETS = {**dict.fromkeys(("bc", "eidetic-bc", "pldm", *OFFLINE), 12), **dict.fromkeys(SB3, 192)}
 
 
 def check(name: str, candidates: Sequence[Fixture]) -> None:

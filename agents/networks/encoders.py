@@ -115,16 +115,20 @@ def flat_encoder(space: gymnasium.Space, where: str) -> Scale | OneHot:
     raise ConfigError(f"Observations {where} of {space} are not supported; use Box, Discrete or a flat Dict of them.")
 
 
-class Encoder(nn.Module):
-    """Observation (tensor or dict, B rows) -> features (B, size).
+class Parts(nn.Module):
+    """Observation (tensor or dict, B rows) -> vectors (B, n) and images (B, C, H, W), without any weights.
 
     Of a goal dict ``observation``, further keys (such as ``velocity``) in sorted order, and ``desired_goal`` are read, not
-    ``achieved_goal``; of another dict all keys in sorted order.
-    Images of equal size are joined along the channel axis (early fusion of observation and goal) and go through one
-    :class:`ConvEncoder`; everything else is scaled or one-hot encoded and concatenated.
+    ``achieved_goal``; of another dict all keys in sorted order. Images of equal size are joined along the channel axis
+    (early fusion of observation and goal); everything else is scaled or one-hot encoded.
+
+    Attributes:
+        image_shapes: (C, H, W) of each group of images.
+        highs: the largest value of each group of images.
+        flat_size: numbers in all vectors together.
     """
 
-    def __init__(self, space: gymnasium.Space, *, rng: torch.Generator):
+    def __init__(self, space: gymnasium.Space):
         super().__init__()
         spaces: Mapping[str, gymnasium.Space] = space.spaces if isinstance(space, Dict) else {"": space}
         keys = sorted(spaces)
@@ -135,21 +139,34 @@ class Encoder(nn.Module):
         self.channels_last = {k for k in shapes if channels_last(spaces[k])}  # type: ignore[arg-type]
         self.flat_keys = [k for k in keys if k not in shapes]
         self.flats = nn.ModuleList(flat_encoder(spaces[k], repr(k) if k else "") for k in self.flat_keys)
+        self.flat_size = sum(int(m.size) for m in self.flats)  # type: ignore[arg-type]
         sizes = dict.fromkeys(shape[1:] for shape in shapes.values())  # distinct, in the order of the keys
         self.image_keys = [[k for k in shapes if shapes[k][1:] == size] for size in sizes]
-        highs = [max(float(spaces[k].high.max()) for k in group) for group in self.image_keys]  # type: ignore[attr-defined]
-        self.convs = nn.ModuleList(
-            ConvEncoder(sum(shapes[k][0] for k in group), *shapes[group[0]][1:], rng=rng, high=high)
-            for group, high in zip(self.image_keys, highs, strict=True)
-        )
-        self.size = sum(int(m.size) for m in [*self.flats, *self.convs])  # type: ignore[arg-type]
+        self.highs = [max(float(spaces[k].high.max()) for k in group) for group in self.image_keys]  # type: ignore[attr-defined]
+        self.image_shapes = [(sum(shapes[k][0] for k in group), *shapes[group[0]][1:]) for group in self.image_keys]
 
-    def forward(self, obs: Any) -> Tensor:
+    def forward(self, obs: Any) -> tuple[list[Tensor], list[Tensor]]:
         parts = obs if isinstance(obs, Mapping) else {"": obs}
-        features = [encode(parts[k]) for k, encode in zip(self.flat_keys, self.flats, strict=True)]
-        for keys, encode in zip(self.image_keys, self.convs, strict=True):
-            features.append(encode(torch.cat([self._channels_first(k, parts[k]) for k in keys], 1)))
-        return torch.cat(features, 1)
+        vectors = [encode(parts[k]) for k, encode in zip(self.flat_keys, self.flats, strict=True)]
+        images = [torch.cat([self._channels_first(k, parts[k]) for k in keys], 1) for keys in self.image_keys]
+        return vectors, images
 
     def _channels_first(self, key: str, image: Tensor) -> Tensor:
         return image.movedim(-1, 1) if key in self.channels_last else image
+
+
+class Encoder(nn.Module):
+    """Observation (tensor or dict, B rows) -> features (B, size): vectors as :class:`Parts` gives them, and each group of
+    images through a :class:`ConvEncoder`.
+    """
+
+    def __init__(self, space: gymnasium.Space, *, rng: torch.Generator):
+        super().__init__()
+        self.parts = Parts(space)
+        shapes_and_highs = zip(self.parts.image_shapes, self.parts.highs, strict=True)
+        self.convs = nn.ModuleList(ConvEncoder(*shape, rng=rng, high=high) for shape, high in shapes_and_highs)
+        self.size = self.parts.flat_size + sum(int(m.size) for m in self.convs)  # type: ignore[arg-type]
+
+    def forward(self, obs: Any) -> Tensor:
+        vectors, images = self.parts(obs)
+        return torch.cat([*vectors, *(conv(image) for conv, image in zip(self.convs, images, strict=True))], 1)

@@ -37,7 +37,7 @@ def digits_permuted(*, rng: np.random.Generator, tasks: int = 10, episodes: int 
     test = _head(data.test.tolist(), episodes)
     seeds = rng.choice(2**31, size=tasks, replace=False)
     table = [_task(f"permutation-{i}", source, test, permutation=int(s)) for i, s in enumerate(seeds)]
-    return Suite("digits-permuted", table, updates=450, env_steps=ENV_STEPS)
+    return Suite("digits-permuted", table, updates=450, env_steps=ENV_STEPS, reveals="task_id")
 
 
 def digits_split(

@@ -76,7 +76,9 @@ def test_further_keys_of_a_goal_dict_are_read_between_observation_and_goal() -> 
     image, speed = Box(0, 255, (3, 20, 20), np.uint8), Box(-6, 6, (2,), np.float32)
     space = Dict(observation=image, achieved_goal=image, velocity=speed, desired_goal=image, angle=Box(-1, 1, (1,)))
     encoder = Encoder(space, rng=torch.Generator().manual_seed(0))
-    assert encoder.flat_keys == ["angle", "velocity"] and encoder.image_keys == [["observation", "desired_goal"]]
+    assert encoder.parts.flat_keys == ["angle", "velocity"] and encoder.parts.image_keys == [
+        ["observation", "desired_goal"]
+    ]
     obs = {k: torch.zeros(1, 3, 20, 20, dtype=torch.uint8) for k in ("observation", "achieved_goal", "desired_goal")}
     obs |= {"velocity": torch.zeros(1, 2), "angle": torch.zeros(1, 1)}
     base = encoder(obs)
@@ -87,7 +89,7 @@ def test_further_keys_of_a_goal_dict_are_read_between_observation_and_goal() -> 
 def test_two_keys_give_the_network_they_always_gave() -> None:
     place = Box(0, 4, (2,), np.float32)
     encoder = Encoder(Dict(observation=place, achieved_goal=place, desired_goal=place), rng=torch.Generator())
-    assert encoder.flat_keys == ["observation", "desired_goal"]
+    assert encoder.parts.flat_keys == ["observation", "desired_goal"]
 
 
 def test_images_and_vectors_are_joined() -> None:
