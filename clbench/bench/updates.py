@@ -3,13 +3,16 @@
 Each row is one implementation of one agent::
 
     {"name", "device", "value", "unit", "ratio_to_limit", "agent", "preset", "implementation", "obs", "act", "seeds",
-     "updates_per_graph", "batch_size", "hidden", "threads", "clock", "rounds"}
+     "updates_per_graph", "batch_size", "hidden", "threads", "clock", "rounds", "memory_ratio"}
 
 ``value`` is the median over rounds of updates per second (``unit`` is ``"updates/s"``), batches included; with several
 seeds, of updates of all seeds together. The limit is :mod:`clbench.bench.minimal_gcrl`, the same maths on the same data
 without anything that makes it an agent of a package. ``ratio_to_limit`` is the median over rounds of ours divided by the
 hand-written loop's in the same round: 1 is as fast, 2 twice as fast. All implementations of an agent are measured in one
 process, in rounds whose order is shuffled.
+
+``eidetic:mlp``, ``eidetic:mlp-paper`` and ``eidetic:cnn`` measure what ownership costs, see :mod:`clbench.bench.eidetic`:
+their limit is the plain network, and ``memory_ratio`` the bytes of ours divided by its bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from gymnasium.spaces import Box, Dict
 
 from clbench.agents.gcrl.base import GoalAgent
 from clbench.agents.gcrl.seeds import SeedBatch
+from clbench.bench import eidetic
 from clbench.bench.minimal_gcrl import LOSSES, Loop
 from clbench.bench.rollouts import CLOCKS, LIMIT, OURS, _wait
 from clbench.contracts import Agent, Experience, Spaces
@@ -97,7 +101,7 @@ def bench_updates(
 
     Args:
         agents: gcbc, gcivl, gciql, qrl, crl, hiql, hilp, bc, pldm; with an actor loss after a colon where there are two, as
-            in gciql:awr. bc and pldm have no limit.
+            in gciql:awr. bc and pldm have no limit. Or eidetic:mlp, eidetic:mlp-paper, eidetic:cnn, beside plain networks.
         preset: small or ogbench; bc and pldm have their own defaults.
         obs: numbers in an observation, which is also what is achieved.
         act: numbers in an action.
@@ -118,7 +122,7 @@ def bench_updates(
         ConfigError: unknown names, or sizes below 1.
     """
     agents = [name for names in agents for name in names.split(",")]
-    known = sorted({*DEFAULT, *METHODS, *(m.partition(":")[0] for m in METHODS)})
+    known = sorted({*DEFAULT, *METHODS, *(m.partition(":")[0] for m in METHODS), *eidetic.SHAPES})
     for kind, names, choices in (("agent", agents, known), ("preset", [preset], ("small", "ogbench")),
                                  ("clock", [clock], CLOCKS)):  # fmt: skip
         for name in names:
@@ -136,12 +140,22 @@ def bench_updates(
         torch.set_num_threads(threads or before)
         try:
             for method in agents:
+                seed_global(0)  # nn.Linear draws from the process-wide generator
+                if method in eidetic.SHAPES:
+                    updates, config, memory = eidetic.implementations(method, device, quick)
+                    updates = {OURS: updates["ours"], LIMIT: updates["plain"]}
+                    times = _measure(updates, rounds or (1 if quick else None), CLOCKS[clock], device, method, note)
+                    measured = _rows(times, method, 1, config, (obs, act), 1, device, clock)
+                    ratios = {OURS: memory, LIMIT: 1.0}
+                    rows += [
+                        {**r, "obs": None, "act": None, "memory_ratio": ratios[r["implementation"]]} for r in measured
+                    ]
+                    continue
                 options: dict[str, Any] = {"hidden": (16, 16), "batch_size": 8} if quick else {}
                 if method.partition(":")[0] in LOSSES:
                     options |= {"preset": preset, "updates_per_graph": updates_per_graph}
                 if method == "pldm":
                     options.pop("hidden", None)
-                seed_global(0)  # nn.Linear draws from the process-wide generator
                 updates, config = _implementations(method, data, options, seeds, device)
                 times = _measure(updates, rounds or (1 if quick else None), CLOCKS[clock], device, method, note)
                 rows += _rows(times, method, _per_call(options), config, (obs, act), seeds, device, clock)
@@ -234,6 +248,7 @@ def _rows(
             "obs": shape[0],
             "act": shape[1],
             "seeds": seeds,
+            "memory_ratio": None,
             "updates_per_graph": config.updates_per_graph if name == OURS and count > 1 else 0,
             "batch_size": config.batch_size,
             "hidden": list(config.hidden) if hasattr(config, "hidden") else None,

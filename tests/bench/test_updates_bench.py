@@ -18,7 +18,7 @@ from clbench.errors import ConfigError, UnknownNameError
 
 KEYS = {
     "name", "device", "value", "unit", "ratio_to_limit", "agent", "preset", "implementation", "obs", "act", "seeds",
-    "updates_per_graph", "batch_size", "hidden", "threads", "clock", "rounds",
+    "updates_per_graph", "batch_size", "hidden", "threads", "clock", "rounds", "memory_ratio",
 }  # fmt: skip
 
 
@@ -44,6 +44,32 @@ def test_rows_are_complete(rows: list[dict[str, Any]]) -> None:
         else:
             assert row["ratio_to_limit"] > 0 and row["implementation"] in (OURS, LIMIT, BATCHED)
             assert row["implementation"] != LIMIT or row["ratio_to_limit"] == 1
+
+
+@pytest.mark.parametrize("method", bench.eidetic.SHAPES)
+def test_eidetic_networks_beside_plain_ones(method: str) -> None:
+    ours, limit = bench_updates([method], quick=True, rounds=2, threads=1)
+    assert ours.keys() == limit.keys() == KEYS and ours["agent"] == method and ours["implementation"] == OURS
+    assert ours["ratio_to_limit"] > 0 and limit["ratio_to_limit"] == 1
+    assert ours["memory_ratio"] > 1 == limit["memory_ratio"]
+
+
+def test_half_of_the_units_of_the_eidetic_network_are_owned_and_it_learns() -> None:
+    updates, config, _ = bench.eidetic.implementations("eidetic:mlp", "cpu", quick=True)
+    learner = updates["ours"].__self__
+    share = 1 - learner.module.capacity().share("free")
+    assert share == 0.5 and config.hidden == (16, 16)
+    before = torch.nn.functional.cross_entropy(learner.forward(), learner.y).item()
+    for _ in range(50):
+        learner.update()
+    assert torch.nn.functional.cross_entropy(learner.forward(), learner.y).item() < before
+
+
+def test_memory_counts_every_storage_once() -> None:
+    """A linear layer by hand: weight and bias, each with gradient, two moments and a step; the input."""
+    layer, x, y = torch.nn.Linear(30, 10), torch.randn(20, 30), torch.randint(10, (20,))
+    learner = bench.eidetic.Learner(list(layer.parameters()), lambda: layer(x), y, layer)
+    assert learner.memory() == 4 * (4 * (300 + 10) + 2 + 600)
 
 
 def test_the_ratio_is_ours_over_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
