@@ -25,14 +25,25 @@ import torch
 
 import clbench
 from clbench.config import build
-from clbench.contracts import Agent, Reveals, Stream
-from clbench.errors import ClbenchError, ConfigError, ContractError, DataError, Interrupted
-from clbench.loop import Loop, LoopSettings, Unit, blame, check_requirements, experience_unit, phase_records
+from clbench.contracts import Agent, Reveals, Spaces, Stream
+from clbench.errors import ClbenchError, ConfigError, ContractError, DataError, Interrupted, UnknownNameError
+from clbench.loop import (
+    Loop,
+    LoopSettings,
+    Unit,
+    blame,
+    check_requirements,
+    common_spaces,
+    experience_unit,
+    new_agent,
+    phase_records,
+)
 from clbench.metrics.continual import compute_metrics
 from clbench.metrics.log import EvalLog, read_eval_csv
 from clbench.records import (
     RunDirectory,
     content_hash,
+    load_checkpoint,
     peak_memory_bytes,
     provenance,
     read_json,
@@ -153,6 +164,16 @@ class Resolved:
                     sources.append(Path(inspect.getfile(cls)).read_text())
         return content_hash(sources)
 
+    def make_agent(self, spaces: Spaces, device: torch.device, rng: torch.Generator) -> Agent:
+        """An agent that has learned nothing yet.
+
+        Raises:
+            ConfigError: the stream lacks what the agent requires.
+        """
+        check_requirements(self.agent_class, self.config.agent, self.stream, spaces)
+        with blame(self.agent_class.__name__, "__init__"):
+            return self.agent_class(spaces, self.agent_config, device=device, rng=rng)
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -241,7 +262,7 @@ def run(
         Interrupted: Ctrl-C; everything done is saved, the same call goes on.
     """
     config = build(RunConfig, {**settings, "stream": _stream_name(stream), "agent": name_of(agent)}, where="run")
-    with sealed_global_rng(), _threads(config.threads):
+    with sealed_global_rng(), cpu_threads(config.threads):
         resolved = resolve_run(
             config,
             agent_class=None if isinstance(agent, str) else agent,
@@ -256,7 +277,8 @@ def run(
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def cpu_threads(count: int) -> Iterator[None]:
+    """So many threads of torch, and as many as before afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -345,15 +367,9 @@ def _run_in(
 
 def _make_loop(resolved: Resolved, directory: RunDirectory, should_stop: Callable[[], None]) -> Loop:
     config = resolved.config
-
-    def make_agent(spaces: Any, device: torch.device, rng: torch.Generator) -> Agent:
-        check_requirements(resolved.agent_class, config.agent, resolved.stream, spaces)
-        with blame(resolved.agent_class.__name__, "__init__"):
-            return resolved.agent_class(spaces, resolved.agent_config, device=device, rng=rng)
-
     return Loop(
         stream=resolved.stream,
-        make_agent=make_agent,
+        make_agent=resolved.make_agent,
         agent_name=config.agent,
         settings=LoopSettings(
             seed=config.seed,
@@ -372,6 +388,101 @@ def _make_loop(resolved: Resolved, directory: RunDirectory, should_stop: Callabl
         fingerprint=resolved.fingerprint,
         should_stop=should_stop,
     )
+
+
+# -- what a run directory holds ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run as its directory describes it.
+
+    Args:
+        path: the run directory.
+        record: the content of ``config.json``.
+        resolved: its configuration, with today's code of the agent.
+    """
+
+    path: Path
+    record: Mapping[str, Any] = field(repr=False)
+    resolved: Resolved = field(repr=False)
+
+    @functools.cached_property
+    def checkpoint(self) -> Mapping[str, Any]:
+        """The last checkpoint, read when it is first asked for. Raises DataError: there is none, or it is damaged."""
+        file = RunDirectory(self.path).checkpoint
+        if not file.is_file():
+            raise DataError(f"{self.path} has no checkpoint.pt: the run has not got that far. Give its command again.")
+        return load_checkpoint(file)
+
+
+def read_run(path: str | Path, *, device: str | None = None, agent_class: type[Agent] | None = None) -> SavedRun:
+    """The configuration of a run, read from ``config.json`` and ``stream.json``; nothing is written.
+
+    Args:
+        path: a run directory.
+        device: in place of the one that the run was made on.
+        agent_class: in place of looking the agent up by its name.
+
+    Raises:
+        ConfigError: no run directory, or one that this version cannot make sense of.
+        DataError: damaged files.
+    """
+    directory = RunDirectory(Path(path))
+    if not directory.config.is_file():
+        found = "it has no config.json" if directory.path.is_dir() else "there is no such folder"
+        raise ConfigError(f"{path} is no run directory: {found}. `clbench run` makes one, and prints where it is.")
+    record, plain = read_json(directory.config), read_json(directory.stream)
+    try:
+        settings = {**record["config"], **({} if device is None else {"device": device})}
+        stream, unit = Stream.from_dict(plain), record["unit"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"config.json or stream.json of {path} does not hold what a run writes there ({type(error).__name__}: "
+            f"{error}). Start the run again with --overwrite."
+        ) from error
+    config = build(RunConfig, settings, where=str(directory.config))
+    try:
+        # the stream was saved as its protocol arranged it
+        plainly = dataclasses.replace(config, protocol="sequential")
+        resolved = resolve_run(plainly, agent_class=agent_class, stream=stream)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"The run in {path} cannot be put together again. {error}") from error
+    return SavedRun(directory.path, record, dataclasses.replace(resolved, config=config, unit=unit))
+
+
+def load_agent(
+    path: str | Path | SavedRun, *, device: str | None = None, agent_class: type[Agent] | None = None
+) -> Agent:
+    """The agent of a run, finished or interrupted, as its last checkpoint has it; nothing is written. ::
+
+        agent = load_agent("runs/digits-split/bc/seed-0")
+
+    Args:
+        path: a run directory, or what :func:`read_run` gave.
+        device: in place of the one that the run was made on.
+        agent_class: in place of looking the agent up by its name; for classes defined in a shell.
+
+    Raises:
+        ConfigError: no run directory, or an agent that is not there.
+        DataError: no checkpoint, or a damaged one.
+        ContractError: the agent cannot be made, or cannot load its state.
+    """
+    saved = path if isinstance(path, SavedRun) else read_run(path, device=device, agent_class=agent_class)
+    resolved, state = saved.resolved, saved.checkpoint.get("agent")
+    if not isinstance(state, dict):
+        raise DataError(f"The checkpoint in {saved.path} holds no agent. Start the run again with --overwrite.")
+    where, seed = torch.device(resolved.config.device), resolved.config.seed
+    with sealed_global_rng():
+        agent = new_agent(resolved.make_agent, common_spaces(resolved.stream, where), where, seed)
+        try:
+            with blame(agent, "load_state_dict"):
+                agent.load_state_dict(state)
+        except ClbenchError as error:
+            if saved.record.get("agent_code") == resolved.agent_code:
+                raise
+            raise ContractError(f"{error} The agent's code is not that of the run any more; get that one.") from error
+    return agent
 
 
 # -- stopping ------------------------------------------------------------------------------------------------------------
@@ -525,4 +636,7 @@ def run_many(runs: Sequence[Mapping[str, Any]], **common: Any) -> list[RunResult
     return [run(**{**common, **settings}) for settings in runs]
 
 
-__all__ = ["RunConfig", "RunResult", "default_out", "reference_run", "resolve_run", "run", "run_many"]
+__all__ = [
+    "RunConfig", "RunResult", "SavedRun", "default_out", "load_agent", "read_run", "reference_run", "resolve_run", "run",
+    "run_many",
+]  # fmt: skip

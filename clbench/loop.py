@@ -98,6 +98,39 @@ def check_requirements(agent_class: type[Agent], agent_name: str, stream: Stream
             )
 
 
+def common_spaces(stream: Stream, device: torch.device) -> Spaces:
+    """The spaces of all tasks, which must be equal.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    found: Spaces | None = None
+    for task in stream.tasks:
+        with blame(task.env_id, "__init__"):
+            env = make_env(task.env_id, 1, device, autoreset="disabled", **task.env_kwargs)
+        spaces = Spaces(env.single_observation_space, env.single_action_space)
+        env.close()
+        if found is not None and spaces != found:
+            raise ConfigError(
+                f"The spaces change within stream {stream.name!r}: task {task.name!r} has observations "
+                f"{spaces.observation} and actions {spaces.action}, task {stream.tasks[0].name!r} has "
+                f"{found.observation} and {found.action}. All tasks of a stream must share their spaces."
+            )
+        found = spaces
+    assert found is not None
+    return found
+
+
+MakeAgent = Callable[[Spaces, torch.device, torch.Generator], Agent]
+
+
+def new_agent(make_agent: MakeAgent, spaces: Spaces, device: torch.device, seed: int) -> Agent:
+    """The agent of a run with that seed; while a run lasts, the process-wide generators belong to it (see
+    :func:`clbench.experiments.run`)."""
+    seed_global(derive_seed(seed, "agent", "global"))
+    return make_agent(spaces, device, torch_generator(seed, "agent", "init", device=device))
+
+
 def segments_of(stream: Stream, least: int = 1) -> list[tuple[int, int]]:
     """(phase index, budget) per call of ``learn``, of ``least`` units where phases allow; see the module's docstring."""
     if stream.reveals != "nothing":
@@ -236,7 +269,7 @@ class Loop:
     """
 
     stream: Stream
-    make_agent: Callable[[Spaces, torch.device, torch.Generator], Agent]
+    make_agent: MakeAgent
     agent_name: str
     settings: LoopSettings
     directory: RunDirectory
@@ -262,7 +295,7 @@ class Loop:
         self._readable = False  # whether a checkpoint of this process has been read back
         self._writer: Any = None
         self._purge_step: int | None = None
-        self.spaces = self._common_spaces()
+        self.spaces = common_spaces(self.stream, self.device)
         self.agent = self._new_agent()
 
     # -- the loop -------------------------------------------------------------------------------------------------------
@@ -490,29 +523,8 @@ class Loop:
             return TaskInfo()
         return TaskInfo([t.name for t in self.stream.tasks].index(phase.task), phase.task)
 
-    def _common_spaces(self) -> Spaces:
-        """The spaces of all tasks, which must be equal."""
-        found: Spaces | None = None
-        for task in self.stream.tasks:
-            with blame(task.env_id, "__init__"):
-                env = make_env(task.env_id, 1, self.device, autoreset="disabled", **task.env_kwargs)
-            spaces = Spaces(env.single_observation_space, env.single_action_space)
-            env.close()
-            if found is not None and spaces != found:
-                raise ConfigError(
-                    f"The spaces change within stream {self.stream.name!r}: task {task.name!r} has observations "
-                    f"{spaces.observation} and actions {spaces.action}, task {self.stream.tasks[0].name!r} has "
-                    f"{found.observation} and {found.action}. All tasks of a stream must share their spaces."
-                )
-            found = spaces
-        assert found is not None
-        return found
-
     def _new_agent(self) -> Agent:
-        """The agent; while a run lasts, the process-wide generators belong to it (see :func:`clbench.experiments.run`)."""
-        seed_global(derive_seed(self.settings.seed, "agent", "global"))
-        rng = torch_generator(self.settings.seed, "agent", "init", device=self.device)
-        return self.make_agent(self.spaces, self.device, rng)
+        return new_agent(self.make_agent, self.spaces, self.device, self.settings.seed)
 
     # -- evaluation -----------------------------------------------------------------------------------------------------
 

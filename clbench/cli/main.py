@@ -29,6 +29,7 @@ usage: clbench VERB [ARGUMENTS] [--traceback]
   report RUNS... [--out FILE]          one self-contained HTML page with plots and tables
   data (list|info|make|import|export)  offline data: what there is, from and to Minari and OGBench
   list [KIND] [--json]                 agents, envs, streams, schedules, planners, methods, datasets
+  verify RUN_DIR [--json]              have finished tasks changed? evidence about a run or module:network
   check PLUGIN                         conformance suite on module:Class or a registered name
   bench (envs|rollouts|updates)        speed beside the limit of the hardware
 
@@ -418,12 +419,19 @@ def _data(arguments: Arguments) -> int:
     return data(arguments, _parse)
 
 
+def _verify(arguments: Arguments) -> int:
+    from clbench.cli.verify import verify
+
+    return verify(arguments, _parse)
+
+
 VERBS: dict[str, Callable[[Arguments], int]] = {
     "run": _run,
     "compare": _compare,
     "data": _data,
     "report": _report,
     "list": _list,
+    "verify": _verify,
     "check": _check,
     "bench": _bench,
 }

@@ -127,6 +127,7 @@ def try_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr("clbench.testing.run_check", pretend_check)
         patch.setattr("clbench.report.find_runs", pretend)
         patch.setattr("clbench.comparison._compare", pretend)
+        patch.setattr("clbench.verification.verify_target", pretend)
         patch.setattr(bench, "bench_envs", pretend)
         patch.setattr(bench_planners, "bench_rollouts", functools.wraps(bench_planners.bench_rollouts)(pretend))
         patch.setattr(cli_data, "VERBS", {k: (pretend, *rest) for k, (_, *rest) in cli_data.VERBS.items()})
@@ -162,7 +163,16 @@ def test_make_targets_exist() -> None:
 
 
 def test_every_verb_is_shown() -> None:
-    assert {shlex.split(c)[0] for c in ALL_COMMANDS} >= {"run", "compare", "report", "data", "list", "check", "bench"}
+    assert {shlex.split(c)[0] for c in ALL_COMMANDS} >= {
+        "run",
+        "compare",
+        "report",
+        "data",
+        "list",
+        "verify",
+        "check",
+        "bench",
+    }
 
 
 @pytest.mark.parametrize(
