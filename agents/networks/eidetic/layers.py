@@ -2,7 +2,7 @@
 
 What makes the guarantee hold (Dronen and Balestriero 2025, arXiv 2502.09500): a unit's output depends on units that are not
 younger than it, on its own frozen weights, and on nothing else in the batch or the layer. So BatchNorm works channel by
-channel with frozen statistics where a channel is owned, LayerNorm becomes :class:`PrefixNorm`, an attention head is one unit.
+channel with frozen statistics where a channel is owned, LayerNorm becomes :class:`PrefixNorm`, an attention head is a unit.
 Layers keep the spaces they read and write; those belong to the network (:mod:`clbench.agents.networks.eidetic.network`).
 """
 
@@ -108,7 +108,7 @@ class Linear(EideticLayer):
         self.bias = OwnedParameter((writes.size,), (0, writes), bound=bound) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight(), None if self.bias is None else self.bias())
+        y = F.linear(x, self.weight(private=True), None if self.bias is None else self.bias())
         return self.out.tap(y) if self.out is not None else y
 
 
@@ -137,7 +137,7 @@ class Conv2d(EideticLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias()
-        y = F.conv2d(x, self.weight(), bias, self.stride, self.padding)
+        y = F.conv2d(x, self.weight(private=True), bias, self.stride, self.padding)
         return self.out.tap(y, 1) if self.out is not None else y
 
 
@@ -156,8 +156,41 @@ class Embedding(EideticLayer):
         self.weight = OwnedParameter((tokens, writes.size), (1, writes), bound=1.0)
 
     def forward(self, index: Tensor) -> Tensor:
-        y = F.embedding(index, self.weight())
+        y = F.embedding(index, self.weight(private=True))
         return self.out.tap(y) if self.out is not None else y
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) * weight + bias per channel, where the statistics of some channels depend on x.
+
+    With the kernels of torch for fixed statistics, and the gradient through the statistics of the batch added in those
+    channels alone: the cost is near that of torch's BatchNorm, and a channel is computed in the same way in training and
+    at test time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, batch: Tensor, eps: float
+    ) -> Tensor:
+        """``batch`` (C,) bool: channels whose mean and variance are those of ``x``."""
+        ctx.save_for_backward(x, weight, mean, var, batch)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, mean, var, batch = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0], True, True
+        dx, dw, db = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, ctx.eps, wanted
+        )
+        if dx is not None:
+            scale = torch.rsqrt(var + ctx.eps)
+            rate = torch.where(batch, weight * scale / (x.numel() // x.shape[1]), 0.0)
+            slope = -rate * scale * dw
+            dx.addcmul_(x, along(slope, 1, x.ndim)).sub_(along(rate * db + slope * mean, 1, x.ndim))
+        return dx, dw, db, None, None, None, None
 
 
 class BatchNorm(EideticLayer):
@@ -185,22 +218,36 @@ class BatchNorm(EideticLayer):
         self.register_buffer("running_var", torch.ones(axis.size))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.follows = {"running_mean": (0, axis), "running_var": (0, axis)}
+        self._masks: tuple[Any, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_masks": None}
 
     def forward(self, x: Tensor) -> Tensor:
-        space = self._space.space
-        free = _numbers(space, space.free)
-        mean, var = self.running_mean, self.running_var
-        if self.training and bool(free.any()):
-            dims = [d for d in range(x.ndim) if d != 1]
-            count = x.numel() // x.shape[1]
-            if count < 2:
+        free, trained, alive = self._who()
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight(), self.bias()
+        if self.training and free is not None:
+            if (count := x.numel() // x.shape[1]) < 2:
                 raise ConfigError(f"BatchNorm needs at least 2 values per channel in training, got {tuple(x.shape)}.")
-            now, spread = x.mean(dims), x.var(dims, correction=0)
-            self._update(now.detach(), spread.detach() * (count / (count - 1)), _numbers(space, space.candidates))
-            mean, var = torch.where(free, now, mean), torch.where(free, spread, var)
-        y = (x - along(mean, 1, x.ndim)) * along(torch.rsqrt(var + self.eps) * self.weight(), 1, x.ndim)
-        y = y + along(self.bias(), 1, x.ndim)
-        return torch.where(along(_numbers(space, space.alive), 1, x.ndim), y, 0.0)
+            # the mean and the variance per channel, without a gradient, which _Normalise has
+            now, spread = torch.batch_norm_update_stats(x.detach(), None, None, 0.0)
+            self._update(now, spread * (count / (count - 1)), trained)
+            mean = torch.where(free, now.to(mean.dtype), mean)
+            var = torch.where(free, spread.to(var.dtype), var)
+            y: Tensor = _Normalise.apply(x, weight, bias, mean, var, free, self.eps)  # type: ignore[assignment]
+        else:
+            y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        return y if alive is None else torch.where(along(alive, 1, x.ndim), y, 0.0)
+
+    def _who(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Channels that are free (None if none is), those that are trained, those that are alive (None if all are)."""
+        space = self._space.space
+        if self._masks is None or self._masks[0] != space.key():
+            with torch.inference_mode(False):
+                free, trained, alive = (_numbers(space, v) for v in (space.free, space.candidates, space.alive))
+                found = free if bool(free.any()) else None, trained, None if bool(alive.all()) else alive
+            self._masks = space.key(), found
+        return self._masks[1]
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor, trained: Tensor) -> None:
@@ -221,7 +268,7 @@ class BatchNorm(EideticLayer):
 class PrefixNorm(EideticLayer):
     """LayerNorm in which a unit is normalised by the units that are not younger: (..., n) -> (..., n).
 
-    For unit ``i`` of task ``k``: mean and variance over the alive units with owner <= k (without transfer: of its own task);
+    For unit ``i`` of task ``k``: mean and variance over the alive units with owner <= k (without transfer: its own task's);
     free units see all that are alive. Gain and offset per unit. Plain LayerNorm mixes owned and free units and so cannot
     keep what is owned.
 
@@ -249,11 +296,13 @@ class PrefixNorm(EideticLayer):
         # one level after the other, in shapes that do not change: what a level gives never depends on how many there are
         for inside in members:
             inside = inside.to(wide.dtype)
-            count = inside.sum()
+            count = inside.sum().clamp_min(1)  # of no units at all, when all of a level are pruned
             mean = (wide @ inside / count)[..., None]
             var = (wide - mean).square() @ inside / count
             means.append(mean)
             scales.append(torch.rsqrt(var + self.eps)[..., None])
+        if not means:  # a space without units, in an extracted network
+            return x
         mean, scale = (v[0] if len(v) == 1 else torch.cat(v, -1)[..., level] for v in (means, scales))
         y = ((wide - mean) * scale).to(x.dtype)
         if self.weight is not None and self.bias is not None:
@@ -264,12 +313,13 @@ class PrefixNorm(EideticLayer):
         """Numbers alive (n,) bool; the members (n,) bool of each level; the level (n,) int64 of each number."""
         key = (self.axis.key(), device)
         if self._levels is None or self._levels[0] != key:
-            owners, alive = self.axis.owners(), self.axis.expand(lambda s: s.alive)
-            tasks = owners.unique()  # in order
-            transfer = all(s.transfer for s in self.axis.spaces)
-            older = [owners <= task if transfer else (owners == task) | (owners == INPUT) for task in tasks]
-            members = [m & alive for m in older]
-            self._levels = key, (alive, members, torch.searchsorted(tasks, owners))
+            with torch.inference_mode(False):
+                owners, alive = self.axis.owners(), self.axis.expand(lambda s: s.alive)
+                tasks = owners.unique()  # in order
+                transfer = all(s.transfer for s in self.axis.spaces)
+                older = [owners <= task if transfer else (owners == task) | (owners == INPUT) for task in tasks]
+                members = [m & alive for m in older]
+                self._levels = key, (alive, members, torch.searchsorted(tasks, owners))
         return self._levels[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -298,8 +348,8 @@ class GRUCell(EideticLayer):
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         assert self.out is not None
-        reset_x, update_x, new_x = F.linear(x, self.weight_ih(), self.bias_ih()).chunk(3, -1)
-        reset_h, update_h, new_h = F.linear(h, self.weight_hh(), self.bias_hh()).chunk(3, -1)
+        reset_x, update_x, new_x = F.linear(x, self.weight_ih(private=True), self.bias_ih()).chunk(3, -1)
+        reset_h, update_h, new_h = F.linear(h, self.weight_hh(private=True), self.bias_hh()).chunk(3, -1)
         reset, update = torch.sigmoid(reset_x + reset_h), torch.sigmoid(update_x + update_h)
         new = torch.tanh(new_x + reset * new_h)
         # the hidden state of a killed unit is 0, whatever it was before

@@ -446,7 +446,8 @@ class EideticNetwork(nn.Module):
                 heads.layers.pop(len(heads) - 1)
                 heads.spaces.pop(len(heads.spaces) - 1)
         for parameter in (p for _, p in owned_parameters(self)):
-            parameter.store, parameter._masks = parameter.store.new_empty(0), None
+            parameter.store = parameter.store.new_empty(0)
+            parameter.forget()
         self.load_state_dict(copy.deepcopy(dict(snapshot)))
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -99,7 +99,8 @@ class Space(nn.Module):
 
     def key(self) -> tuple[int, int, int]:
         """Changes whenever owners or aliveness do."""
-        return self.version, self.owner._version, self.alive._version
+        buffers = self._buffers  # asked for in every forward, and attributes of modules are slow
+        return self.version, buffers["owner"]._version, buffers["alive"]._version  # type: ignore[union-attr]
 
     def tap(self, values: Tensor, dim: int = -1) -> Tensor:
         """Called by layers with what they write here; kept while :attr:`taps` is a list (importance, verification)."""
@@ -146,8 +147,9 @@ class Axis:
         """(size,) int16."""
         return self.expand(lambda s: s.owner)
 
-    def key(self) -> tuple[tuple[int, int, int], ...]:
-        return tuple(s.key() for s in self.spaces)
+    def key(self) -> tuple[Any, ...]:
+        """Changes whenever owners or aliveness of a space do."""
+        return self.spaces[0].key() if len(self.spaces) == 1 else tuple(s.key() for s in self.spaces)
 
     def gather(self, sources: dict[Space, Tensor]) -> Tensor:
         """Where each entry of the axis comes from when spaces change, -1 for new ones.
@@ -182,27 +184,66 @@ def along(vector: Tensor, dim: int, ndim: int) -> Tensor:
     return vector.reshape([-1 if i == dim else 1 for i in range(ndim)])
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Which entries of a tensor its parameter decides about, in indices: a mask would be as large as the weights.
+
+    Args:
+        dim: axis of the units that are written.
+        rows: (n,) int64, the rows that are trainable; None for all.
+        inputs: axis of the units that are read.
+        closed: (k,) int64, the columns that trainable rows may not read; None for none.
+        keep: vectors of 0 and 1 by which gradients are multiplied, shaped to vary along one axis each.
+    """
+
+    dim: int
+    rows: Tensor | None
+    inputs: int
+    closed: Tensor | None
+    keep: tuple[Tensor, ...]
+
+    def write(self, value: Tensor, store: Tensor) -> None:
+        """What is trainable goes from ``value`` into ``store``; what is not readable is 0 there."""
+        if self.rows is None:
+            store.copy_(value)
+            if self.closed is not None:
+                store.index_fill_(self.inputs, self.closed, 0.0)
+            return
+        part = value.index_select(self.dim, self.rows)
+        if self.closed is not None:
+            part.index_fill_(self.inputs, self.closed, 0.0)
+        store.index_copy_(self.dim, self.rows, part)
+
+    def clear(self, grad: Tensor) -> Tensor:
+        """``grad``, in place, with 0 where nothing is trainable. NaN stays NaN: there the step is lost in any case."""
+        for vector in self.keep:
+            grad.mul_(vector)
+        return grad
+
+
 class _Effective(torch.autograd.Function):
-    """``where(trainable, value, store)``, written into ``store`` itself: no further copy of the weights is kept.
+    """What a layer computes with, written into ``store`` itself: no further copy of the weights is kept.
 
     Entries of ``store`` that are trainable are scratch; the others are what is owned, or 0. The gradient of entries that
     are not trainable is exactly 0.
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, store: Tensor, trainable: Tensor) -> Tensor:
-        # Through .data, so that an earlier forward of this step, which holds the same numbers, stays valid for autograd.
-        # A parameter that has changed since is noticed in backward, because value is a saved tensor.
-        scratch = store.data
-        torch.where(trainable, value.detach(), scratch, out=scratch)
-        ctx.save_for_backward(value, trainable)
+    def forward(ctx: Any, value: Tensor, store: Tensor, plan: _Plan, same: bool, private: bool) -> Tensor:
+        # Autograd must notice when a graph is used after its weights have changed, as with any parameter. ``store`` is
+        # what layers save, and writing into it counts as a change; so where the parameter is the same as in an earlier
+        # forward, whose graph may still be needed, the same numbers are written through .data, which does not count.
+        plan.write(value.detach(), store.data if same else store)
+        ctx.plan, ctx.private = plan, private
+        ctx.save_for_backward(value)
         return store.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
-        _, trainable = ctx.saved_tensors
-        return torch.where(trainable, grad, 0.0), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _ = ctx.saved_tensors  # raises if the parameter has changed since
+        if not ctx.private or torch.is_grad_enabled():
+            grad = grad.clone()
+        return ctx.plan.clear(grad), None, None, None, None
 
 
 class OwnedParameter(nn.Module):
@@ -230,15 +271,26 @@ class OwnedParameter(nn.Module):
         self.out, self.inputs, self.bound, self.constant = out, inputs, bound, constant
         self.value = nn.Parameter(torch.full(shape, constant))
         self.register_buffer("store", torch.empty(0))
-        self._masks: tuple[Any, Any] | None = None
+        self._plan: tuple[Any, Any] | None = None
+        self._written: tuple[int, int] | None = None  # the parameter, by identity and version, that store was made of
 
-    def forward(self) -> Tensor:
-        trainable = self._trainable()
-        if trainable is True:  # nothing owned, nothing pruned
-            return self.value
-        if trainable is False:  # all owned
+    def forward(self, *, private: bool = False) -> Tensor:
+        """The effective tensor.
+
+        Args:
+            private: it is used in one operation whose gradient nothing else sees, so that can be masked in place.
+        """
+        plan = self._trainable()
+        value = self.value
+        if plan is True:  # nothing owned, nothing pruned
+            return value
+        if plan is False:  # all owned
             return self.store
-        return _Effective.apply(self.value, self.store, trainable())  # type: ignore[return-value]
+        if isinstance(plan, Tensor):  # vectors are so small that copies cost less than keeping track
+            return torch.where(plan, value, self.store)
+        now = id(value), value._version
+        same, self._written = self._written == now, now
+        return _Effective.apply(value, self.store, plan, same, private)  # type: ignore[return-value]
 
     # -- masks ------------------------------------------------------------------------------------------------------------
 
@@ -268,33 +320,40 @@ class OwnedParameter(nn.Module):
         return along(self.out[1].expand(lambda s: ~s.free), self.out[0], self.value.ndim)
 
     def _trainable(self) -> Any:
-        """True (everything), False (nothing), or a function that makes the mask; kept until ownership changes."""
+        """True (everything), False (nothing), a mask of a vector, or a plan; kept until ownership changes."""
         key = self.out[1].key(), None if self.inputs is None else self.inputs[1].key()
-        if self._masks is None or self._masks[0] != key:
-            dim, ndim = self.out[0], self.value.ndim
-            rows = self.rows()
-            columns = None if self.inputs is None else self.columns()
-            if bool(rows.all()) and (columns is None or bool(columns.all())):
-                self._masks = key, True
-            elif bool(self.owned().all()):
-                self._masks = key, False
-            else:
-                self._clear()
-                r = along(rows, dim, ndim)
-                if columns is None or self.inputs is None:
-                    self._masks = key, lambda: r
-                else:  # two vectors in place of a mask as large as the weights
-                    c = along(columns, self.inputs[0], ndim)
-                    self._masks = key, lambda: r & c
-        return self._masks[1]
+        if self._plan is None or self._plan[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # what is kept must be of use in training too
+                self._plan = key, self._make_plan()
+        return self._plan[1]
 
-    @torch.no_grad()
+    def _make_plan(self) -> Any:
+        if bool(self.owned().all()):  # of no rows at all, too
+            return False
+        rows = self.rows()
+        columns = None if self.inputs is None else self.columns()
+        if bool(rows.all()) and (columns is None or bool(columns.all())):
+            return True
+        self._clear()
+        if self.value.ndim == 1:
+            return rows
+        dim, ndim = self.out[0], self.value.ndim
+        keep, chosen, closed, inputs = [], None, None, 0
+        if not bool(rows.all()):
+            chosen = rows.nonzero()[:, 0]
+            keep.append(along(rows, dim, ndim).to(self.value.dtype))
+        if self.inputs is not None and columns is not None and not bool(columns.all()):
+            inputs, closed = self.inputs[0], (~columns).nonzero()[:, 0]
+            keep.append(along(columns, inputs, ndim).to(self.value.dtype))
+        return _Plan(dim, chosen, inputs, closed, tuple(keep))
+
     def _clear(self) -> None:
-        """``store`` holds what is owned and zeros."""
+        """``store`` holds what is owned and zeros. Counts as a change for graphs that were made of it."""
+        self._written = None
         if self.store.shape != self.value.shape:
             self.store = torch.zeros_like(self.value, requires_grad=False)
         else:
-            self.store.data.masked_fill_(~self.owned(), 0.0)
+            self.store.masked_fill_(~self.owned(), 0.0)
 
     # -- changes ----------------------------------------------------------------------------------------------------------
 
@@ -324,7 +383,8 @@ class OwnedParameter(nn.Module):
         if self.store.shape != self.value.shape:
             self.store = effective.clone()
         elif effective.data_ptr() != self.store.data_ptr():
-            self.store.data.copy_(effective)
+            self.store.copy_(effective)
+        self._written = None
 
     @torch.no_grad()
     def resize(self, sources: dict[Space, Tensor], rng: torch.Generator | None) -> None:
@@ -341,9 +401,14 @@ class OwnedParameter(nn.Module):
             fill = self.fresh(tuple(shape), rng) if grows and rng is not None else 0.0
             value = take(value, dim, source, fill)
             store = take(store, dim, source) if store.numel() else store
-        self.value, self.store, self._masks = nn.Parameter(value), store, None
+        self.value, self.store = nn.Parameter(value), store
+        self.forget()
 
     # -- state ------------------------------------------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """The tensors are others now: what was derived from them is made anew."""
+        self._plan = self._written = None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -354,15 +419,15 @@ class OwnedParameter(nn.Module):
         saved = state_dict.get(prefix + "store")
         if saved is not None and saved.shape != self.store.shape:
             self.store = torch.zeros(saved.shape, dtype=self.value.dtype, device=self.value.device)
-        self._masks = None
+        self.forget()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OwnedParameter:
-        self._masks = None
+        self.forget()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_masks": None}  # copies make masks of their own
+        return {**self.__dict__, "_plan": None, "_written": None}  # copies make plans of their own
 
     def extra_repr(self) -> str:
         return f"{tuple(self.value.shape)}"

@@ -439,7 +439,7 @@ def whole_twin(network: EideticNetwork, rng: torch.Generator) -> EideticNetwork:
             wired = stored != 0 if parameter.inputs is not None else parameter.owned().expand_as(stored)
             parameter.store.data.copy_(torch.where(wired, draw(stored), 0.0))
         parameter.value.copy_(draw(parameter.value))
-        parameter._masks = None
+        parameter.forget()
     for part in twin.modules():
         if type(part) in WHOLE:
             part.__class__ = WHOLE[type(part)]
