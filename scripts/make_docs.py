@@ -181,6 +181,36 @@ def pldm_options() -> str:
     return table(("option", "default", "meaning"), rows)
 
 
+def eidetic_options() -> str:
+    """The options of eidetic-bc, with those of its pruning, from the docstrings that describe them."""
+    from clbench.agents.eidetic_bc import EideticBC
+    from clbench.agents.networks.eidetic.pruning import Pruning
+    from clbench.cli.main import _argument_help
+
+    rows = []
+    for cls, prefix in ((EideticBC.Config, ""), (Pruning, "pruning.")):
+        helps = _argument_help(textwrap.indent(inspect.cleandoc(cls.__doc__ or ""), "    "))
+        for f in dataclasses.fields(cls):
+            name = f"`{prefix}{f.name}`"
+            plain = f.default is not dataclasses.MISSING
+            rows.append(
+                (name, f"`{f.default}`" if plain else "see below", re.sub(r":\w+:`(\w+)`", r"`\1`", helps[f.name]))
+            )
+    return table(("option", "default", "meaning"), [r for r in rows if r[0] != "`pruning`"])
+
+
+def eidetic_refused() -> str:
+    """Modules of torch that an eidetic network refuses, by what takes their place."""
+    from clbench.agents.networks.eidetic.network import MIXING, UNITWISE
+
+    rows = [
+        (", ".join(f"`{name}`" for name, other in MIXING.items() if other == instead), instead)
+        for instead in dict.fromkeys(MIXING.values())
+    ]
+    allowed = ", ".join(f"`{name}`" for name in UNITWISE)
+    return table(("refused", "in its place"), rows) + f"\n\nTaken from `torch.nn` as they are: {allowed}."
+
+
 MISTAKES = ("WrongShape", "MissingKey", "NeedsTaskId", "RaisesInLearn")
 
 
@@ -330,6 +360,8 @@ CHEAP: dict[str, Callable[[], str]] = {
     "run-options": run_options,
     "pldm-presets": pldm_presets,
     "pldm-options": pldm_options,
+    "eidetic-options": eidetic_options,
+    "eidetic-refused": eidetic_refused,
     "usage": usage,
     "mistakes": mistakes,
 }

@@ -14,6 +14,7 @@ import torch
 
 import clbench
 from clbench import experiments
+from clbench.agents.networks import eidetic
 from clbench.errors import ClbenchError, Interrupted
 from clbench.experiments import RunResult
 from clbench.records import state_digest
@@ -161,3 +162,19 @@ def test_mistakes_are_one_sentence_and_leave_nothing(name: str, message: str, tm
 def test_a_missing_key_is_found_by_the_conformance_suite() -> None:
     failures = run_check("mistakes:MissingKey").failures
     assert any("optimizer" in f.message for f in failures)
+
+
+def test_the_eidetic_network_learns_both_tasks_and_keeps_the_first() -> None:
+    from my_eidetic_network import TASKS, accuracy, learn  # type: ignore[import-not-found]
+
+    network = learn()
+    x = torch.randn(2000, 4, generator=torch.Generator().manual_seed(1))
+    assert all(accuracy(network, task, x) > 0.85 for task in range(len(TASKS)))
+    evidence = eidetic.verify(network)
+    assert set(evidence.status.values()) == {"pass"}, evidence.details
+    assert evidence.max_abs_change == 0
+    units = network.capacity().units
+    assert all(0 < units[name].get(str(task), 0) < 48 for name in units for task in range(len(TASKS)))
+    with torch.no_grad():  # the negative control: what no optimiser can do
+        network.body[0].weight.store[0] += 1e-3
+    assert not eidetic.verify(network).ok
