@@ -191,12 +191,11 @@ def eidetic_options() -> str:
     for cls, prefix in ((EideticBC.Config, ""), (Pruning, "pruning.")):
         helps = _argument_help(textwrap.indent(inspect.cleandoc(cls.__doc__ or ""), "    "))
         for f in dataclasses.fields(cls):
-            name = f"`{prefix}{f.name}`"
-            plain = f.default is not dataclasses.MISSING
-            rows.append(
-                (name, f"`{f.default}`" if plain else "see below", re.sub(r":\w+:`(\w+)`", r"`\1`", helps[f.name]))
-            )
-    return table(("option", "default", "meaning"), [r for r in rows if r[0] != "`pruning`"])
+            if f.name == "pruning":
+                continue
+            default = f"{type(f.default_factory()).__name__}()" if callable(f.default_factory) else f.default
+            rows.append((f"`{prefix}{f.name}`", f"`{default}`", re.sub(r":\w+:`(\w+)`", r"`\1`", helps[f.name])))
+    return table(("option", "default", "meaning"), rows)
 
 
 def eidetic_refused() -> str:
