@@ -11,6 +11,10 @@ TABLE: dict[str, tuple[str, str]] = {
         "clbench.agents.eidetic_bc:EideticBC",
         "(goal-conditioned) behaviour cloning with zero forgetting by construction (EideticNet)",
     ),
+    "eidetic-ppo": (
+        "clbench.agents.eidetic_ppo:EideticPPO",
+        "Stable-Baselines3 PPO, online, with zero forgetting by construction (EideticNet)",
+    ),
     "gcbc": ("clbench.agents.gcbc:GCBC", "goal-conditioned behaviour cloning, offline (OGBench)"),
     "gcivl": ("clbench.agents.gcivl:GCIVL", "goal-conditioned implicit V-learning, offline (OGBench)"),
     "gciql": ("clbench.agents.gciql:GCIQL", "goal-conditioned implicit Q-learning, offline (OGBench)"),
@@ -23,6 +27,10 @@ TABLE: dict[str, tuple[str, str]] = {
         "Hilbert features and successor features: any goal, or any reward from examples (zero-shot RL)",
     ),
     "pldm": ("clbench.agents.pldm:PLDM", "latent world model from offline data, and planning with it (JEPA, PLDM)"),
+    "eidetic-pldm": (
+        "clbench.agents.eidetic_pldm:EideticPLDM",
+        "latent world model and planning with zero forgetting by construction (PLDM on an EideticNet)",
+    ),
     "sb3-ppo": ("clbench.agents.sb3:SB3PPO", "Stable-Baselines3 PPO, online"),
     "sb3-dqn": ("clbench.agents.sb3:SB3DQN", "Stable-Baselines3 DQN, online, with HER for goal observations"),
     "sb3-sac": ("clbench.agents.sb3:SB3SAC", "Stable-Baselines3 SAC, online, with HER for goal observations"),

@@ -18,10 +18,19 @@ GOALS: dict[str, Any] = {"hidden": (8,), "batch_size": 8}
 CONFIGS: dict[str, dict[str, Any]] = {
     "bc": {"hidden": (16,), "batch_size": 8},
     "eidetic-bc": {"hidden": (16, 8), "batch_size": 8, "pruning": {"tasks": 3, "recover": 0.1}},
+    "eidetic-ppo": {
+        "hidden": (16, 8), "critic_hidden": (8,), "rollout_steps": 32, "batch_size": 16, "n_epochs": 2,
+        "pruning": {"tasks": 3, "train": 0.0, "recover": 0.1}, "distil_updates": 12, "distil_batch": 8, "visited": 48,
+    },
     "pldm": {
         "window": 4, "batch_size": 4, "replan_every": 2,
         "architecture": {"latent": 4, "encoder_hidden": (8,), "hidden": (8,), "channels": (4, 4, 4)},
         "planner_options": {"horizon": 8, "samples": 16, "elites": 4, "iterations": 1},
+    },
+    "eidetic-pldm": {
+        "window": 4, "batch_size": 4, "replan_every": 2, "latent": 12, "encoder_hidden": (12,), "hidden": (12,),
+        "planner_options": {"horizon": 8, "samples": 16, "elites": 4, "iterations": 1},
+        "pruning": {"tasks": 3, "recover": 0.1},
     },
     "gcbc": GOALS,
     "gcivl": GOALS,
@@ -41,7 +50,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # enough for several updates and for two interruptions in the middle
 OFFLINE = ("gcbc", "gcivl", "gciql", "qrl", "crl", "hiql", "hilp", "hilp-zero-shot")
 SB3 = ("sb3-ppo", "sb3-dqn", "sb3-sac", "sb3-td3")
-BUDGETS = {**dict.fromkeys(("bc", "eidetic-bc", "pldm", *OFFLINE), 12), **dict.fromkeys(SB3, 192)}
+BUDGETS = {**dict.fromkeys(("bc", "eidetic-bc", "pldm", "eidetic-pldm", *OFFLINE), 12), **dict.fromkeys((*SB3, "eidetic-ppo"), 192)}
 
 
 def check(name: str, candidates: Sequence[Fixture]) -> None:

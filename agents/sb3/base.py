@@ -80,9 +80,7 @@ class SB3Agent(Agent):
 
     def _build(self, num_envs: int) -> Any:
         self.bridge = Bridge(self.spaces, num_envs, self.name)
-        policy, options = policy_for(self.spaces.observation)
-        if self.config.hidden is not None:
-            options["net_arch"] = list(self.config.hidden)
+        policy, options = self._policy()
         try:
             with self._own_generators(), warnings.catch_warnings():
                 # PPO's last minibatch may be short
@@ -95,6 +93,13 @@ class SB3Agent(Agent):
             raise ConfigError(f"Agent {self.name!r} cannot be made for {self.spaces}: {reason}") from error
         model.set_logger(Logger(None, []))
         return model
+
+    def _policy(self) -> tuple[Any, dict[str, Any]]:
+        """SB3's name or the class of the policy, and keyword arguments for it."""
+        policy, options = policy_for(self.spaces.observation)
+        if self.config.hidden is not None:
+            options["net_arch"] = list(self.config.hidden)
+        return policy, options
 
     def _resize(self, num_envs: int) -> None:
         """The same model for another number of parallel environments (its replay buffer is empty)."""
