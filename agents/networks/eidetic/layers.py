@@ -44,9 +44,11 @@ class EideticLayer(nn.Module):
     Attributes:
         out: the space that the layer writes, None where it only transforms.
         follows: buffer name -> (dim, axis), for buffers with an entry per unit.
+        counters: names of buffers that no unit's output depends on.
     """
 
     out: Space | None = None
+    counters: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,8 +138,14 @@ class Conv2d(EideticLayer):
         self.bias = OwnedParameter((writes.size,), (0, writes), bound=bound) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias()
-        y = F.conv2d(x, self.weight(private=True), bias, self.stride, self.padding)
+        weight, bias = self.weight(private=True), None if self.bias is None else self.bias()
+        if weight.numel():
+            y = F.conv2d(x, weight, bias, self.stride, self.padding)
+        else:  # an extracted network may have no unit here, or none to read, which torch refuses
+            (n_out, n_in), kernel = weight.shape[:2], weight.shape[2:]
+            x = x if n_in else x.new_zeros(len(x), 1, *x.shape[2:])
+            y = F.conv2d(x, weight.new_zeros(max(n_out, 1), max(n_in, 1), *kernel), None, self.stride, self.padding)
+            y = y[:, :n_out] if bias is None else y[:, :n_out] + along(bias, 1, 4)
         return self.out.tap(y, 1) if self.out is not None else y
 
 
@@ -207,6 +215,7 @@ class BatchNorm(EideticLayer):
     running_mean: Tensor
     running_var: Tensor
     batches: Tensor
+    counters = ("batches",)
 
     def __init__(self, space: Space, *, eps: float = 1e-5, momentum: float | None = 0.1):
         super().__init__()
@@ -226,6 +235,8 @@ class BatchNorm(EideticLayer):
     def forward(self, x: Tensor) -> Tensor:
         free, trained, alive = self._who()
         mean, var, weight, bias = self.running_mean, self.running_var, self.weight(), self.bias()
+        if alive is not None:  # a channel may have been pruned because its statistics were not finite
+            mean, var = torch.where(alive, mean, 0.0), torch.where(alive, var, 1.0)
         if self.training and free is not None:
             if (count := x.numel() // x.shape[1]) < 2:
                 raise ConfigError(f"BatchNorm needs at least 2 values per channel in training, got {tuple(x.shape)}.")
@@ -427,17 +438,22 @@ class Heads(nn.Module):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def open(self) -> Linear:
-        """A head for the next task."""
+    def open(self, like: Tensor | None = None) -> Linear:
+        """A head for the next task, with the dtype and on the device of ``like``."""
         space = Space(self.size, prunable=False, transfer=self.transfer)
         layer = Linear(self._inputs, space)
-        like = next((p for p in self.layers.parameters()), None)
-        device = self._inputs[0].owner.device
-        layer.to(device if like is None else like)
-        space.to(device)
+        if like is not None:
+            layer.to(like)
+        space.to(self._inputs[0].owner.device)
         self.spaces.append(space)
         self.layers.append(layer)
         return layer
+
+    def close(self, count: int) -> None:
+        """Only the first ``count`` heads stay."""
+        while len(self) > count:
+            self.layers.pop(len(self.layers) - 1)
+            self.spaces.pop(len(self.spaces) - 1)
 
     def forward(self, x: Tensor, task: int) -> Tensor:
         """(..., n) -> (..., size), of the head of ``task``."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -22,7 +23,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from clbench.agents.networks.eidetic.layers import Activation, EideticLayer, Heads
+from clbench.agents.networks.eidetic.layers import EideticLayer, Heads
 from clbench.agents.networks.eidetic.ownership import FREE, INPUT, OwnedParameter, Space, owned_parameters
 from clbench.errors import CapacityExhausted, ConfigError, ContractError
 
@@ -135,45 +136,51 @@ class EideticNetwork(nn.Module):
         """Refuse what would break the guarantee.
 
         Raises:
-            ConfigError: a layer that mixes units, a space that belongs to no network, a name of its replacement.
+            ConfigError: a layer that mixes units, with the name of its replacement; weights or statistics that no task can
+                own; a space that belongs to no network.
         """
         known = {id(s) for s in self.modules() if isinstance(s, Space)}
-        inside: set[int] = set()  # parts of layers that look after themselves
+        frozen = {id(p) for part in self.modules() if getattr(part, "frozen", False) for p in part.modules()}
         for name, part in self.named_modules():
+            if isinstance(tied := getattr(part, "parametrizations", None), nn.ModuleDict):
+                raise ConfigError(
+                    f"Layer {name!r} has a parametrization ({', '.join(tied)}): spectral norm and the "
+                    "like tie all units of a layer together, so owned ones would change; leave it out."
+                )
             if isinstance(part, EideticLayer):
-                inside |= {id(p) for p in part.modules()}
                 for axis in part.axes():
                     if any(id(s) not in known for s in axis.spaces):
                         raise ConfigError(
                             f"Layer {name!r} reads or writes a space that is no part of the network; make spaces with "
                             "self.space(name, size) or self.inputs(name, size)."
                         )
-            if isinstance(tied := getattr(part, "parametrizations", None), nn.ModuleDict):
-                raise ConfigError(
-                    f"Layer {name!r} has a parametrization ({', '.join(tied)}): spectral norm and the "
-                    "like tie all units of a layer together, so owned ones would change; leave it out."
-                )
-        for name, part in self.named_modules():
-            if part is self or id(part) in inside or isinstance(part, OwnedParameter | Space | Heads | Activation):
-                continue
-            self._check_module(name, part)
+            if id(part) in frozen:
+                if any(p.requires_grad for p in part.parameters(recurse=False)):
+                    raise ConfigError(f"Layer {name!r} is marked as frozen, but its parameters require gradients.")
+            elif not isinstance(part, OwnedParameter | Space):
+                self._check_module(name, part)
 
     def _check_module(self, name: str, part: nn.Module) -> None:
         kind = type(part).__name__
-        of_torch = type(part).__module__.startswith("torch.")
-        if of_torch and kind in MIXING:
+        # a subclass of a layer that mixes units does so too
+        mixing = next((c.__name__ for c in type(part).__mro__ if _of_torch(c) and c.__name__ in MIXING), None)
+        if mixing is not None:
             raise ConfigError(
-                f"Layer {name!r} is a {kind}, which would change what finished tasks compute; use {MIXING[kind]}."
+                f"Layer {name!r} is a {kind}, which would change what finished tasks compute; use {MIXING[mixing]}."
             )
-        has_state = any(True for _ in part.parameters(recurse=False)) or any(
-            b not in part._non_persistent_buffers_set for b in part._buffers
-        )
-        if has_state and not isinstance(part, EideticNetwork) and not getattr(part, "frozen", False):
+        has_state = any(True for _ in part.parameters(recurse=False))
+        if isinstance(part, EideticLayer):
+            kept = {*part.follows, *part.counters}
+        else:
+            kept = part._non_persistent_buffers_set
+        has_state = has_state or any(b not in kept for b in part._buffers)
+        if has_state:
+            where = f"Layer {name!r} ({kind})" if name else "The network itself"
             raise ConfigError(
-                f"Layer {name!r} ({kind}) has weights or statistics that no task owns; build it from eidetic layers, or "
-                "set its attribute `frozen` if they never change after the first commit."
+                f"{where} has weights or statistics that no task owns; build it from eidetic layers, or set its attribute "
+                "`frozen` if they never change after the first commit."
             )
-        if of_torch and not has_state and kind not in UNITWISE:
+        if _of_torch(type(part)) and kind not in UNITWISE:
             raise ConfigError(
                 f"Layer {name!r} is a {kind}, and it is not known whether it mixes units; use eidetic layers, or a "
                 f"function of each number alone ({', '.join(UNITWISE[:12])}, ...)."
@@ -208,23 +215,25 @@ class EideticNetwork(nn.Module):
 
         Raises:
             ContractError: a task is under way.
-            CapacityExhausted: a space has no free unit left.
+            CapacityExhausted: a space has too few free units left; without transfer also with ``head-only``, as a head
+                must not read what other tasks own.
             ConfigError: the network has a layer that breaks the guarantee.
         """
         if self.begun:
             raise ContractError(f"Task {self.committed} is under way; commit it before the next one begins.")
-        if self.committed == 0:
-            self.check()
+        self.check()
+        self._check_dtype("begin")
         full = {n: int(s.free.sum()) for n, s in self.prunable().items() if int(s.free.sum()) < self.least}
-        if full and self.exhausted == "raise":
+        if full and (self.exhausted == "raise" or not self.transfer):
+            alone = ", or train heads alone with exhausted='head-only'" if self.transfer else ""
             raise CapacityExhausted(
                 f"Task {self.committed} finds no room: {', '.join(f'{n} has {k} free units' for n, k in full.items())}, "
                 f"of {self.least} needed. Make the network wider (more units, or widen()), let tasks have smaller shares, "
-                "prune with a larger tolerance, or train heads alone with exhausted='head-only'."
+                f"or prune with a larger tolerance{alone}."
             )
         for heads in self.all_heads():
             while len(heads) <= self.committed:
-                heads.open()
+                heads.open(like=self._like())
         for space in self.all_spaces().values():
             space.revive()
         for _, parameter in owned_parameters(self):
@@ -251,10 +260,11 @@ class EideticNetwork(nn.Module):
         """
         if not self.begun:
             raise ContractError("There is nothing to commit: no task is under way; call begin_task first.")
+        self._check_dtype("commit")
         task, before = self.committed, self.snapshot()
         for name, space in self.prunable().items():
             wanted = int(space.candidates.sum())
-            if cap is not None and wanted > max(1, round(cap * space.size)):
+            if cap is not None and wanted > max(1, math.floor(cap * space.size + 1e-9)):
                 raise ConfigError(
                     f"Task {task} would take {wanted} of the {space.size} units of {name}, more than its share of {cap}; "
                     "prune further, or allow it more."
@@ -273,10 +283,9 @@ class EideticNetwork(nn.Module):
                     raise ConfigError(f"Task {task} cannot be committed: {name} holds NaN or infinite values.")
             for space in self.all_spaces().values():
                 space.claim(task)
-            for space in self.all_spaces().values():
-                space.revive()
+            # What was pruned stays so until the next task begins and draws it anew: it may hold anything, even NaN.
             self.begun, self.committed = False, task + 1
-            self.dtype_of_record = str(next(self.parameters()).dtype)
+            self.dtype_of_record = str(self._like().dtype)
             self.digests.append(self.digest(task))
             self.references.append({})
             if probes is not None:
@@ -287,16 +296,31 @@ class EideticNetwork(nn.Module):
         return task
 
     def _statistics(self) -> Iterator[tuple[str, Tensor]]:
+        """Of units that are alive: what pruned ones had is forgotten."""
         for name, layer in self.named_modules():
             if isinstance(layer, EideticLayer):
-                for buffer in layer.follows:
-                    yield f"{name}.{buffer}", getattr(layer, buffer)
+                for buffer, (dim, axis) in layer.follows.items():
+                    alive = axis.expand(lambda s: s.alive).nonzero()[:, 0]
+                    yield f"{name}.{buffer}", getattr(layer, buffer).index_select(dim, alive)
+
+    def _like(self) -> Tensor:
+        """A tensor with the dtype and device of the weights."""
+        return next((p.value for _, p in owned_parameters(self)), torch.empty(0))
+
+    def _check_dtype(self, what: str) -> None:
+        now = str(self._like().dtype)
+        if self.committed and now != self.dtype_of_record:
+            raise ConfigError(
+                f"Cannot {what} task {self.committed}: finished tasks were committed in {self.dtype_of_record}, it is "
+                f"{now} now, so what they own was rounded and cannot be proved any more. Go back to "
+                f"{self.dtype_of_record} (load a state from before), or choose the dtype before the first commit."
+            )
 
     # -- evidence ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def digest(self, task: int) -> str:
-        """A hash of all numbers that ``task`` owns: rows up to its own columns, and statistics.
+        """A hash of all numbers that ``task`` owns, rows up to its own columns and statistics, and of frozen modules.
 
         Columns of younger units are left out (they are zero, which is checked apart), so widening does not change it.
         """
@@ -316,6 +340,10 @@ class EideticNetwork(nn.Module):
                 for buffer, (dim, axis) in layer.follows.items():
                     rows = (axis.owners() == task).nonzero()[:, 0]
                     found.update(f"{name}.{buffer}".encode() + _bytes(getattr(layer, buffer).index_select(dim, rows)))
+        for name, layer in self.named_modules():
+            if getattr(layer, "frozen", False):
+                for key, value in layer.state_dict().items():
+                    found.update(f"{name}.{key}".encode() + _bytes(value))
         for name, space in self.all_spaces().items():
             if count := int((space.owner == task).sum()):
                 found.update(f"{name} {count}".encode())
@@ -326,10 +354,14 @@ class EideticNetwork(nn.Module):
         """Keep ``probes`` and what ``task`` gives for them here and now: device, dtype, threads and versions included."""
         from clbench.agents.networks.eidetic.verify import configuration, observe
 
+        network: Any = self  # by the other import path it is another class to a type checker
         inputs = [p.detach().clone() for p in probes]
+        seen = {configuration(network, inputs): observe(network, inputs, task)}
         record = self.references[task]
-        record["inputs"] = inputs
-        record.setdefault("seen", {})[configuration(self, inputs)] = observe(self, inputs, task)
+        old = record.get("inputs", [])
+        if len(old) == len(inputs) and all(torch.equal(a, b) for a, b in zip(old, inputs, strict=True)):
+            seen = {**record["seen"], **seen}  # the same probes in one more configuration
+        self.references[task] = {"inputs": inputs, "seen": seen}
 
     # -- capacity ---------------------------------------------------------------------------------------------------------
 
@@ -433,33 +465,28 @@ class EideticNetwork(nn.Module):
     @torch.no_grad()
     def snapshot(self) -> dict[str, Any]:
         """A copy of everything, for :meth:`restore`."""
-        return copy.deepcopy(dict(self.state_dict()))
+        state = dict(self.state_dict())
+        return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Weights, masks and statistics exactly as when ``snapshot`` was taken; parameters stay the same objects.
+        """Weights, masks and statistics exactly as when ``snapshot`` was taken.
 
-        Where the network had fewer heads then, the later ones are closed.
+        Where the network had fewer heads then, the later ones are closed. Parameters stay the same objects, unless the
+        network has been widened since.
         """
-        extra = snapshot["_extra_state"]
-        for heads, count in zip(self.all_heads(), extra["heads"], strict=True):
-            while len(heads) > count:
-                heads.layers.pop(len(heads) - 1)
-                heads.spaces.pop(len(heads.spaces) - 1)
-        for parameter in (p for _, p in owned_parameters(self)):
-            parameter.store = parameter.store.new_empty(0)
-            parameter.forget()
-        self.load_state_dict(copy.deepcopy(dict(snapshot)))
+        self._match_sizes(snapshot, "", shrink=True)
+        self.load_state_dict(dict(snapshot))
 
     def get_extra_state(self) -> dict[str, Any]:
         return {
             "committed": self.committed, "begun": self.begun, "heads": [len(h) for h in self.all_heads()],
-            "dtype": self.dtype_of_record, "digests": list(self.digests), "references": copy.deepcopy(self.references),
+            "dtype": self.dtype_of_record, "digests": list(self.digests), "references": _copied(self.references),
         }  # fmt: skip
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.committed, self.begun = int(state["committed"]), bool(state["begun"])
         self.dtype_of_record, self.digests = state["dtype"], list(state["digests"])
-        self.references = copy.deepcopy(list(state["references"]))
+        self.references = _copied(state["references"])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """As in torch, with the heads and sizes that the state has; called before the parts are loaded.
@@ -471,7 +498,7 @@ class EideticNetwork(nn.Module):
         extra = state_dict.get(prefix + "_extra_state")
         if extra is None:
             raise ConfigError("This is not the state of an eidetic network: it has no '_extra_state'.")
-        mine = str(next(self.parameters()).dtype)
+        mine = str(self._like().dtype)
         if extra["committed"] and extra["dtype"] != mine:
             raise ConfigError(
                 f"This state was committed in {extra['dtype']}, the network is {mine}: loading would round what finished "
@@ -479,20 +506,32 @@ class EideticNetwork(nn.Module):
             )
         for heads, count in zip(self.all_heads(), extra["heads"], strict=True):
             while len(heads) < count:
-                heads.open()
+                heads.open(like=self._like())
+            heads.close(count)
         self._match_sizes(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _match_sizes(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """A network that was widened is loaded into one that was not."""
+    def _match_sizes(self, state_dict: Mapping[str, Any], prefix: str, *, shrink: bool = False) -> None:
+        """A network that was widened is loaded into one that was not; with ``shrink`` the other way round, too."""
         sources = {}
         for name, space in self.all_spaces().items():
             saved = state_dict.get(f"{prefix}{name}.owner")
             if saved is not None and len(saved) > space.size:
                 new = torch.full((len(saved) - space.size,), -1)
                 sources[space] = torch.cat([torch.arange(space.size), new]).to(space.owner.device)
+            elif saved is not None and len(saved) < space.size and shrink:
+                sources[space] = torch.arange(len(saved), device=space.owner.device)
         if sources:
             self._follow(sources, None)
+
+
+def _of_torch(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn.") and kind is not nn.Module
+
+
+def _copied(references: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Records of their own. Their tensors are shared: nothing writes into them, and there are many."""
+    return [{**r, "seen": dict(r["seen"])} if "seen" in r else dict(r) for r in references]
 
 
 def _bytes(tensor: Tensor) -> bytes:

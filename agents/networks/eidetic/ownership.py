@@ -88,7 +88,7 @@ class Space(nn.Module):
         self.version += 1
 
     def revive(self) -> None:
-        """All units alive: the start of a task, or its end."""
+        """All units alive: the start of a task."""
         self.alive.fill_(True)
         self.version += 1
 
@@ -394,13 +394,14 @@ class OwnedParameter(nn.Module):
         if not changed:
             return
         value, store = self.value.detach(), self.store
+        stored = store.shape == value.shape
         for dim, source in changed:
             shape = list(value.shape)
             shape[dim] = len(source)
             grows = bool((source < 0).any())
             fill = self.fresh(tuple(shape), rng) if grows and rng is not None else 0.0
             value = take(value, dim, source, fill)
-            store = take(store, dim, source) if store.numel() else store
+            store = take(store, dim, source) if stored else store
         self.value, self.store = nn.Parameter(value), store
         self.forget()
 

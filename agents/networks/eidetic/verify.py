@@ -87,7 +87,8 @@ def verify(network: EideticNetwork, probes: Probes | None = None, *, seed: int =
 
     Args:
         network: with at least one committed task.
-        probes: task -> inputs of ``forward``, for tasks that were committed without any. Recorded ones come first.
+        probes: task -> inputs of ``forward``, for tasks that were committed without any. Recorded ones come first; a task
+            that still has none is tried on those of another task.
         seed: of what is drawn for L2 to L4.
     """
     evidence = Evidence(tasks=network.committed)
@@ -97,6 +98,9 @@ def verify(network: EideticNetwork, probes: Probes | None = None, *, seed: int =
         return evidence
     used = {k: r["inputs"] for k, r in enumerate(network.references) if "inputs" in r}
     used = {**(probes or {}), **used}
+    if used:  # tasks without any are tried on those of another one: what they own is not to move for any input
+        some = next(iter(used.values()))
+        used = {k: used.get(k, some) for k in range(network.committed)}
     rng = torch.Generator().manual_seed(seed)
     work = copy.deepcopy(network)
     checks: dict[str, Callable[[], tuple[str, str]]] = {
@@ -107,7 +111,10 @@ def verify(network: EideticNetwork, probes: Probes | None = None, *, seed: int =
         "L4": lambda: _twin(work, used, rng, evidence),
     }
     for level, check in checks.items():
-        evidence.status[level], evidence.details[level] = check()
+        try:
+            evidence.status[level], evidence.details[level] = check()
+        except (RuntimeError, ValueError, IndexError) as error:  # shapes that do not fit, for example
+            evidence.status[level], evidence.details[level] = "fail", f"the network cannot be run: {error}"
     return evidence
 
 
@@ -119,9 +126,9 @@ def configuration(network: nn.Module, inputs: Sequence[Tensor]) -> str:
     parameter = next(network.parameters())
     device = torch.cuda.get_device_name(parameter.device) if parameter.device.type == "cuda" else "cpu"
     shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
-    flags = ""
+    flags = f", matmul {torch.get_float32_matmul_precision()}"
     if parameter.device.type == "cuda":
-        flags = f", tf32 {torch.backends.cuda.matmul.allow_tf32}/{torch.backends.cudnn.allow_tf32}"
+        flags += f", tf32 {torch.backends.cuda.matmul.allow_tf32}/{torch.backends.cudnn.allow_tf32}"
     threads = torch.get_num_threads()
     return f"{device}, {parameter.dtype}, inputs {shapes}, {threads} threads, torch {torch.__version__}{flags}"
 
@@ -335,7 +342,9 @@ def _influence(network: EideticNetwork, probes: Probes) -> tuple[str, str]:
             inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in probes[task]]
             with evaluating(network), torch.enable_grad():
                 y = network(*inputs, task=task)
-                total = sum(v.double().square().sum() + v.double().sum() for v in (y if isinstance(y, tuple) else (y,)))
+                total = sum(
+                    v.double().square().sum() + v.double().sum() for v in (y if isinstance(y, tuple | list) else (y,))
+                )
             taps = [(n, v, d) for n, s in spaces.items() for v, d in s.taps or [] if v.requires_grad]
             wanted = [*parameters.values(), *(v for _, v, _ in taps)]
             wanted = [w for w in wanted if w.requires_grad]
@@ -362,6 +371,7 @@ def _influence(network: EideticNetwork, probes: Probes) -> tuple[str, str]:
 # -- L4 ------------------------------------------------------------------------------------------------------------------
 
 MODULUS = 17.0
+LARGEST = 2.0**45  # sums of that many whole numbers stay below 2^53, up to which float64 is exact
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -379,6 +389,8 @@ class _WholePrefixNorm(PrefixNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         alive, members, level = self.levels(x.device)
+        if not members:
+            return x
         sums = torch.stack([torch.remainder(x @ m.to(x.dtype), MODULUS) for m in members], -1)
         y = torch.remainder(x - sums[..., level], MODULUS)
         if self.weight is not None and self.bias is not None:
@@ -463,8 +475,12 @@ def _twin(network: EideticNetwork, probes: Probes, rng: torch.Generator, evidenc
     twin = whole_twin(network, rng)
     given = {k: _whole_inputs(probes[k], rng) for k in tasks}
     before = {k: outputs(twin, given[k], k) for k in tasks}
-    if any(bool((y != y.round()).any()) for ys in before.values() for y in ys):
-        return "skip", "the network uses functions that are not exact on whole numbers"
+    written = [v for k in tasks for vs in activations(twin, given[k], k).values() for v in vs]
+    for y in [*written, *(y for ys in before.values() for y in ys)]:
+        if bool((y != y.round()).any()):
+            return "skip", "the network uses functions that are not exact on whole numbers"
+        if bool((y.abs() > LARGEST).any()):
+            return "skip", "numbers in the network grow too large for exact sums"
     wider = copy.deepcopy(twin)
     if wider.prunable():
         wider.widen(dict.fromkeys(wider.prunable(), 3), rng)
