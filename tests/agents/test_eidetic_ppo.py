@@ -11,7 +11,7 @@ from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 from clbench.agents import eidetic_ppo
 from clbench.agents.eidetic_ppo import EideticActorCritic, EideticPPO, divergence, marginal, quality, split
-from clbench.agents.networks.eidetic import verify
+from clbench.agents.networks.eidetic import FREE, verify
 from clbench.agents.networks.eidetic.policy import EideticPolicy
 from clbench.agents.networks.eidetic.pruning import Pruning
 from clbench.config import build
@@ -129,9 +129,9 @@ class Unprotected(EideticPPO):
     """The weights of finished tasks are trained on."""
 
     def start_task(self, task: TaskInfo) -> None:
-        for space in self.network.spaces.values():
-            owned = ~space.free & (space.owner >= 0)
-            space.owner.masked_fill_(owned, torch.iinfo(torch.int16).max)
+        for space in self.network.prunable().values():
+            owned = space.owner < FREE
+            space.owner.masked_fill_(owned, FREE)
         super().start_task(task)
 
 
