@@ -236,6 +236,7 @@ class EideticPPO(SB3PPO):
         """Options; see :class:`SB3PPO.Config` for those of PPO.
 
         Args:
+            batch_size, ent_coef: larger than SB3's: the actor is larger, and a new task has to be explored anew.
             hidden: widths of the actor's hidden layers, shared by all tasks.
             critic_hidden: widths of the critic's hidden layers; there is one critic at a time.
             norm: before each activation of the actor: none or prefix (PrefixNorm).
@@ -250,6 +251,8 @@ class EideticPPO(SB3PPO):
             router: who decides where no task id is given: novelty, trained (keeps examples of all tasks) or newest.
         """
 
+        batch_size: int = 256
+        ent_coef: float = 0.01
         hidden: tuple[int, ...] = (256, 256)
         critic_hidden: tuple[int, ...] = (64, 64)
         norm: Literal["none", "prefix"] = "none"
@@ -357,7 +360,7 @@ class EideticPPO(SB3PPO):
         def newest(name: str | None) -> Tensor:
             rows = torch.from_numpy(np.array(seen if name is None else seen[name])).to(self.device)
             before = self.visited if name is None or self.visited is None else self.visited[name]
-            return (rows if before is None else torch.cat([before, rows]))[-self.config.visited :]
+            return (rows if before is None else torch.cat([before, rows]))[-self.config.visited :].clone()
 
         self.visited = {k: newest(k) for k in seen} if isinstance(seen, dict) else newest(None)
 

@@ -39,6 +39,7 @@ METHODS: dict[str, tuple[str, str]] = {  # agent and protocol
 }
 # the same for both agents; SB3's defaults but for the batch size, and an entropy bonus, as rewards are sparse
 OPTIONS: dict[str, Any] = {"batch_size": 256, "ent_coef": 0.01}
+OWN: dict[str, dict[str, Any]] = {EIDETIC: {"hidden": (128, 128), "distil_updates": 500}, "sb3-ppo": {}}
 ENVS = 16
 
 
@@ -48,7 +49,8 @@ def job(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "stream": STREAM, "agent": agent, "protocol": protocol, "seed": seed, "reveals": "task_id",
         "budget": arguments.budget, "eval_every": 0, "eval_start": False, "num_envs": ENVS, "threads": arguments.threads,
-        "tensorboard": False, "agent_options": OPTIONS, "stream_options": {"episodes": arguments.episodes},
+        "tensorboard": False, "agent_options": {**OPTIONS, **OWN[agent]},
+        "stream_options": {"episodes": arguments.episodes},
         "out": arguments.out / name / f"seed-{seed}",
     }  # fmt: skip
 
@@ -143,8 +145,8 @@ def main(given: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, with commas between")
-    parser.add_argument("--budget", type=int, default=30_000, help="environment steps per task")
-    parser.add_argument("--episodes", type=int, default=30, help="evaluation episodes per task")
+    parser.add_argument("--budget", type=int, default=24_576, help="environment steps per task")
+    parser.add_argument("--episodes", type=int, default=20, help="evaluation episodes per task")
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/eidetic-minigrid"))

@@ -16,7 +16,7 @@ from clbench.agents.networks.eidetic.policy import EideticPolicy
 from clbench.agents.networks.eidetic.pruning import Pruning
 from clbench.config import build
 from clbench.contracts import Experience, Spaces, TaskInfo
-from clbench.errors import ConfigError, ContractError
+from clbench.errors import CapacityExhausted, ConfigError, ContractError
 from clbench.testing.fixtures import Fixture
 
 SMALL: dict[str, Any] = {
@@ -351,6 +351,27 @@ def test_every_task_finds_room(tiny: Any) -> None:
         train(tiny, agent, "discrete", number)
     for units in agent.network.capacity().units.values():
         assert all(units[str(k)] >= 1 for k in range(4))
+
+
+def test_where_nothing_is_free_a_task_is_refused_or_trains_its_head_alone(tiny: Any) -> None:
+    full = {"hidden": (4, 4), "pruning": {"tasks": 1, "train": 0.0, "recover": 0.1, "tolerance": 0.0}}
+    agent = make(tiny, "discrete", **full)
+    train(tiny, agent, "discrete", 0)
+    assert agent.network.capacity().share("free") == 0
+    with pytest.raises(CapacityExhausted, match="Task 1 finds no room"):
+        agent.start_task(TaskInfo(1))
+    agent = make(tiny, "discrete", **full, exhausted="head-only")
+    assert forgotten(tiny, agent, "discrete") == []
+    assert not unchanged(answers(tiny, agent, "discrete", 0), answers(tiny, agent, "discrete", 1))
+
+
+@pytest.mark.parametrize(("budget", "last"), [(101, 96), (48, 48), (30, 24), (7, 6)])
+def test_budgets_are_never_overshot(tiny: Any, budget: int, last: int) -> None:
+    agent, env = make(tiny, "discrete", distil_updates=3), world(tiny, "discrete", 1)
+    agent.start_task(TaskInfo(0))
+    metrics = learn(tiny, agent, env, budget)
+    assert env.steps == metrics[-1]["step"] == last == budget - metrics[-1].get("unused_steps", 0)
+    assert all(m["step"] < last for m in metrics[:-1])  # so the run can be stopped there
 
 
 def test_a_task_that_was_cut_short_leaves_room_all_the_same(tiny: Any) -> None:
