@@ -106,10 +106,10 @@ def page(text: str, evidence: str, arguments: argparse.Namespace, example: Path)
         f"Written by `python scripts/eidetic_world_model.py --seeds {arguments.seeds} --budget {arguments.budget} "
         f"--episodes {arguments.episodes} --write`. Stream `two-rooms-doors`, states, task ids revealed, "
         f"{arguments.budget} updates per layout, the first {arguments.episodes} frozen episodes of each. Commit {commit}, "
-        f"{made['cpu']}, {arguments.threads} threads, GPU: {made['gpu'] or 'none'}, torch {made['torch']}; the machine was shared, so "
-        "times are upper bounds. Success per layout after the last phase; means over seeds, with 95 % bootstrap intervals "
-        "over runs where there are several. `act` is wall time of acting in evaluation, planning included, per environment "
-        f"and step.\n\n{text}\n\n{evidence}\n"
+        f"{made['cpu']}, {arguments.threads} threads, GPU: {made['gpu'] or 'none'}, torch {made['torch']}; the machine was "
+        "shared, so times are upper bounds. Success per layout after the last phase; means over seeds, with 95 % bootstrap "
+        "intervals over runs where there are several. `act` is wall time of acting in evaluation, planning included, per "
+        f"environment and step.\n\n{text}\n\n{evidence}\n"
     )
 
 

@@ -378,10 +378,11 @@ class _NormedStepper:
             rows, self._affines, latent=self.size + network.parts[1], activation=network.activation.name, residual=True,
             dtype=dtype,
         )  # fmt: skip
-        like = self._steps.latents
-        self._average = like.new_empty(self.size, self.size)
-        self._gain, self._offset = like.new_empty(self.size), like.new_empty(self.size)
-        self._mean, self._square = (like.new_empty(rows, self.size) for _ in range(2))
+        like, levels = self._steps.latents, len(network.latent.owner.unique())
+        self._average, self._back = like.new_empty(self.size, levels), like.new_empty(levels, self.size)
+        self._shift = like.new_empty(self.size)
+        self._mean, self._square = (like.new_empty(rows, levels) for _ in range(2))
+        self._squares, self._factor = (like.new_empty(rows, self.size) for _ in range(2))
         self._norm()
 
     @torch.no_grad()
@@ -399,10 +400,11 @@ class _NormedStepper:
     def _norm(self) -> None:
         norm = self.network.norm
         assert norm.weight is not None and norm.bias is not None
-        chunks = norm.averages(self._average.device)
-        self._average.copy_(torch.stack([a @ b for a, b in chunks]).sum(0))  # column i: the mean of the level of unit i
-        self._gain.copy_(norm.weight())
-        self._offset.copy_(norm.bias())
+        average, back = zip(*norm.averages(self._average.device), strict=True)
+        levels = self._average.shape[1]
+        self._average.copy_(torch.cat(average, 1)[:, :levels])
+        self._back.copy_(torch.cat(back)[:levels] * norm.weight())
+        self._shift.copy_(norm.bias())
 
     def pack(self) -> None:
         """Copy the weights of this moment, in place."""
@@ -415,13 +417,11 @@ class _NormedStepper:
     def step(self, action: Tensor) -> Tensor:
         z = self._steps.step(action)
         x = z[:, : self.size]
-        torch.mm(x, self._average, out=self._mean)
-        torch.mm(torch.square(x), self._average, out=self._square)
-        x.sub_(self._mean)
-        scale = (
-            self._square.addcmul_(self._mean, self._mean, value=-1).clamp_(min=0).add_(self.network.norm.eps).rsqrt_()
-        )
-        x.mul_(scale).mul_(self._gain).add_(self._offset)
+        mean = torch.mm(x, self._average, out=self._mean)
+        square = torch.mm(torch.square(x, out=self._squares), self._average, out=self._square)
+        scale = square.addcmul_(mean, mean, value=-1).clamp_(min=0).add_(self.network.norm.eps).rsqrt_()
+        x.mul_(torch.mm(scale, self._back, out=self._factor)).add_(self._shift)
+        x.sub_(torch.mm(mean.mul_(scale), self._back, out=self._factor))
         return z
 
 

@@ -393,7 +393,23 @@ def test_quality_falls_with_dynamics_and_with_collapse() -> None:
     assert found["spread"] < good["spread"] - 0.1 and agent.quality(judged) < 0.9
 
 
-def test_numbers_are_learned_by_every_task() -> None:
+def test_quality_does_not_lean_on_older_tasks() -> None:
+    """Older numbers alone would pass for a good latent, and a task would give back all that it needs."""
+    agent = make()
+    learn(agent, walks(), task=0)
+    agent.start_task(TaskInfo(1, None))
+    data = walks(1.0, seed=1)
+    judged = data.windows(data.window_starts(4)[:64], 4)
+    before = agent.components(judged)
+    free = agent.network.latent.free
+    with torch.no_grad():
+        agent.network.encoder[-1].weight.value[free] *= 1e-9  # type: ignore[union-attr, operator, index]
+        agent.network.encoder[-1].bias.value[free] = torch.arange(float(free.sum()))  # type: ignore[union-attr, operator, index]
+    after = agent.components(judged)
+    assert before["probe"] > 0.5 and after["probe"] < 0.1 and after["spread"] < 0.1
+
+
+def test_every_task_learns_its_own_dynamics() -> None:
     agent = make()
     for k in range(2):
         found = learn(agent, walks(2.0 * k, seed=k), 150, task=k)
@@ -421,7 +437,7 @@ def test_evidence_finds_the_dynamics() -> None:
         pruning={"tasks": 2, "train": 0.2, "recover": 0.05},
     )  # fmt: skip
     for k in range(2):
-        learn(agent, walks(math.pi * k, 200, seed=k), 300)
+        learn(agent, walks(math.pi * k, 200, seed=k), 200)
     assert agent.ids == [None, None]
     for k in range(2):
         data = walks(math.pi * k, episodes=40, seed=7)
@@ -466,7 +482,7 @@ def test_adding_a_task_moves_decisions_to_it_only(hysteresis: float, prior: bool
 def test_a_finished_agent_routes_old_rows_the_same_or_to_the_new_task() -> None:
     agent = make()
     for k in range(2):
-        learn(agent, walks(math.pi * k, seed=k), 60)
+        learn(agent, walks(math.pi * k, seed=k), 30)
     data = walks(1.0, episodes=30, seed=8)
 
     def routed() -> Tensor:
@@ -479,7 +495,7 @@ def test_a_finished_agent_routes_old_rows_the_same_or_to_the_new_task() -> None:
         return torch.stack(found)
 
     before = routed()
-    learn(agent, walks(1.0, seed=4), 60)
+    learn(agent, walks(1.0, seed=4), 30)
     after = routed()
     moved = before != after
     assert bool((after[moved] == 2).all()) and bool(moved.any())
@@ -500,7 +516,7 @@ def test_rows_of_different_tasks_act_together() -> None:
 # -- the rest ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [1, 17, 26, 39])
+@pytest.mark.parametrize("stop", [1, 21, 39])
 def test_resuming_is_exact(stop: int) -> None:
     def begin() -> tuple[EideticPLDM, OfflineDataset]:
         agent = make()
