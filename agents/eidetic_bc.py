@@ -24,7 +24,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete
 from torch import Tensor, nn
 
-from clbench.agents.networks.eidetic.network import EideticNetwork
+from clbench.agents.networks.eidetic.network import EideticNetwork, Exhausted
 from clbench.agents.networks.eidetic.policy import EideticPolicy, Norm, prepare
 from clbench.agents.networks.eidetic.pruning import Pruner, Pruning
 from clbench.agents.networks.eidetic.routing import NoveltyRouter, TrainedRouter
@@ -65,7 +65,7 @@ class EideticBC(Agent):
             pruning: when and what is pruned.
             held_out: share of the episodes on which quality is judged. After the last judgement they are trained on, too.
             transfer: let units read those of older tasks.
-            exhausted: what to do when no unit is free: raise, or train heads alone (head-only).
+            exhausted: what to do when no unit is free: raise, train heads alone (head-only), or add units (widen).
             router: who decides where no task id is given: novelty, trained (keeps examples of all tasks) or newest.
             explore_std: standard deviation of continuous actions when exploring, in units of half the range.
             goals: how goals are drawn; by default uniformly from the later states of the episode.
@@ -82,7 +82,7 @@ class EideticBC(Agent):
         pruning: Pruning = field(default_factory=Pruning)
         held_out: float = 0.1
         transfer: bool = True
-        exhausted: Literal["raise", "head-only"] = "raise"
+        exhausted: Exhausted = "raise"
         router: Literal["novelty", "trained", "newest"] = "novelty"
         explore_std: float = 1.0
         goals: GoalSampling = field(default_factory=GoalSampling)
@@ -163,11 +163,12 @@ class EideticBC(Agent):
         self.pruner.begin(0)
         if self.config.reset_optimizer:
             self.optimizer = self._new_optimizer()
-        else:  # the parameters of the new head are new
-            had = {id(p) for g in self.optimizer.param_groups for p in g["params"]}
-            new = [p for p in self.trainables if id(p) not in had]
-            if new:
+        elif new := self.network.new_parameters(self.optimizer):
+            head = {id(p) for p in self.network.head.layers[-1].parameters()}
+            if all(id(p) in head for p in new):
                 self.optimizer.add_param_group({"params": new})
+            else:  # the network was widened, so its parameters are others now
+                self.optimizer = self._new_optimizer()
 
     def learn(self, experience: Experience, budget: int, *, rng: torch.Generator) -> Iterator[Mapping[str, float]]:
         """``budget`` gradient updates on batches drawn with ``rng``; pruning is part of them."""

@@ -250,6 +250,28 @@ def test_a_task_without_room_is_refused_or_trains_its_head_alone() -> None:
     assert accuracy(agent, 0, 0) > 0.9 and accuracy(agent, 1, 1) > 0.7
 
 
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_task_without_room_may_add_units(reset: bool, tmp_path: Path) -> None:
+    options = {"pruning": {"tasks": 1, "tolerance": 0.0, "train": 0.9, "finish": 0.05}, "hidden": (16, 12)}
+    options |= {"exhausted": "widen", "reset_optimizer": reset}
+    agent, seen = make(**options), {}
+    for k in range(3):
+        task(agent, lines(k), 100, id=k)
+        seen[k] = logits(agent, k, 7)
+    assert [s.size for s in agent.network.prunable().values()] == [25, 19]  # + 4 + 5, + 3 + 4
+    assert all(same(v, logits(agent, k, 7)) for k, v in seen.items())
+    assert min(accuracy(agent, k, k) for k in range(3)) > 0.85
+    evidence = verify(agent.network)
+    assert evidence.ok and evidence.status["L1"] == "pass" and "compared extracted" in evidence.details["L1"]
+    torch.save(agent.state_dict(), tmp_path / "state.pt")
+    other = make(seed=4, **options)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert same(other.state_dict(), agent.state_dict())
+    for each in (agent, other):
+        task(each, lines(3), 20, id=3)
+    assert same(other.state_dict(), agent.state_dict())
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

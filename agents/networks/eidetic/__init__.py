@@ -16,9 +16,11 @@ from clbench.agents.networks.eidetic.layers import (
 )
 from clbench.agents.networks.eidetic.network import Capacity, EideticNetwork
 from clbench.agents.networks.eidetic.ownership import FREE, INPUT, Axis, OwnedParameter, Space
+from clbench.agents.networks.eidetic.pruning import Pruner, Pruning, importance
 from clbench.agents.networks.eidetic.verify import Evidence, verify
 
 __all__ = [
     "FREE", "INPUT", "Activation", "Axis", "BatchNorm", "Capacity", "Conv2d", "EideticNetwork", "Embedding", "Evidence",
-    "GRUCell", "Heads", "Linear", "MultiheadAttention", "OwnedParameter", "PrefixNorm", "Space", "verify",
+    "GRUCell", "Heads", "Linear", "MultiheadAttention", "OwnedParameter", "PrefixNorm", "Pruner", "Pruning", "Space",
+    "importance", "verify",
 ]  # fmt: skip

@@ -25,7 +25,10 @@ from torch import Tensor, nn
 
 from clbench.agents.networks.eidetic.layers import EideticLayer, Heads
 from clbench.agents.networks.eidetic.ownership import FREE, INPUT, OwnedParameter, Space, owned_parameters
-from clbench.errors import CapacityExhausted, ConfigError, ContractError
+from clbench.errors import CapacityExhausted, ConfigError, ContractError, unknown_name
+
+Exhausted = Literal["raise", "head-only", "widen"]
+EXHAUSTED: tuple[Exhausted, ...] = ("raise", "head-only", "widen")
 
 # layers that mix units, and what to use in their place
 MIXING: dict[str, str] = {
@@ -96,23 +99,33 @@ class EideticNetwork(nn.Module):
     Args:
         transfer: let units read those of older tasks (forward transfer).
         exhausted: what :meth:`begin_task` does where a space has fewer than ``least`` free units: ``raise``
-            :class:`CapacityExhausted`, or train the head alone on what there is (``head-only``).
+            :class:`CapacityExhausted`, train the head alone on what there is (``head-only``), or add units (``widen``).
         least: free units that a task needs in each space.
+        growth: units that ``widen`` adds to a space, as a share of what it has.
     """
 
     def __init__(
-        self, *, transfer: bool = True, exhausted: Literal["raise", "head-only"] = "raise", least: int = 1
+        self, *, transfer: bool = True, exhausted: Exhausted = "raise", least: int = 1, growth: float = 0.25
     ) -> None:
         super().__init__()
-        if exhausted not in ("raise", "head-only"):
-            raise ConfigError(f"exhausted must be 'raise' or 'head-only', got {exhausted!r}.")
-        self.transfer, self.exhausted, self.least = transfer, exhausted, least
+        if exhausted not in EXHAUSTED:
+            raise unknown_name("value of exhausted", str(exhausted), EXHAUSTED)
+        if least < 1 or not growth > 0:
+            raise ConfigError(f"least must be at least 1 and growth positive, got {least} and {growth}.")
+        self.transfer, self.exhausted, self.least, self.growth = transfer, exhausted, least, growth
         self.spaces = nn.ModuleDict()
         self.committed = 0  # tasks that are finished
         self.begun = False  # whether a task is under way
         self.dtype_of_record: str | None = None  # of the numbers that were committed
         self.digests: list[str] = []  # per task, of everything it owns
         self.references: list[dict[str, Any]] = []  # per task, probe inputs and what they gave
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and callable(getattr(type(self), name, None)):
+            raise ConfigError(
+                f"{type(self).__name__}.{name} is a method of eidetic networks; call the layer otherwise."
+            )
+        super().__setattr__(name, value)
 
     # -- building ---------------------------------------------------------------------------------------------------------
 
@@ -213,6 +226,9 @@ class EideticNetwork(nn.Module):
     def begin_task(self, rng: torch.Generator) -> int:
         """Free units anew, drawn with ``rng``, and a head for the next task. Returns the number of the task.
 
+        An optimiser that was made before does not know the new head: make a new one, or give it
+        :meth:`new_parameters`. Where units were added (``exhausted="widen"``), it has to be a new one.
+
         Raises:
             ContractError: a task is under way.
             CapacityExhausted: a space has too few free units left; without transfer also with ``head-only``, as a head
@@ -224,12 +240,15 @@ class EideticNetwork(nn.Module):
         self.check()
         self._check_dtype("begin")
         full = {n: int(s.free.sum()) for n, s in self.prunable().items() if int(s.free.sum()) < self.least}
-        if full and (self.exhausted == "raise" or not self.transfer):
+        if full and self.exhausted == "widen":
+            spaces = self.prunable()
+            self.widen({n: max(self.least, math.ceil(self.growth * spaces[n].size)) for n in full}, rng)
+        elif full and (self.exhausted == "raise" or not self.transfer):
             alone = ", or train heads alone with exhausted='head-only'" if self.transfer else ""
             raise CapacityExhausted(
                 f"Task {self.committed} finds no room: {', '.join(f'{n} has {k} free units' for n, k in full.items())}, "
-                f"of {self.least} needed. Make the network wider (more units, or widen()), let tasks have smaller shares, "
-                f"or prune with a larger tolerance{alone}."
+                f"of {self.least} needed. Make the network wider (more units, or exhausted='widen'), let tasks have "
+                f"smaller shares, or prune with a larger tolerance{alone}."
             )
         for heads in self.all_heads():
             while len(heads) <= self.committed:
@@ -243,6 +262,11 @@ class EideticNetwork(nn.Module):
                 layer.recycle()
         self.begun = True
         return self.committed
+
+    def new_parameters(self, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+        """Trainable parameters that ``optimizer`` does not know yet: those of a head that was opened since."""
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in known]
 
     def commit(self, probes: Sequence[Tensor] | None = None, *, cap: float | None = None) -> int:
         """All that is alive becomes the task's own, for good. All or nothing: an error leaves everything as it was.
@@ -419,7 +443,7 @@ class EideticNetwork(nn.Module):
             for i in range(len(heads)):
                 if i != task:
                     sources.pop(heads.spaces[i], None)  # type: ignore[arg-type]
-                    heads.layers[i], heads.spaces[i] = nn.Identity(), nn.Identity()
+                    heads.layers[i], heads.spaces[i] = _Absent(i, task), nn.Identity()
         alone._follow(sources, None)
         for _, parameter in owned_parameters(alone):  # all owned: the parameters are of no use
             parameter.value = nn.Parameter(parameter.value.new_empty((0,) * parameter.value.ndim), requires_grad=False)
@@ -523,6 +547,17 @@ class EideticNetwork(nn.Module):
                 sources[space] = torch.arange(len(saved), device=space.owner.device)
         if sources:
             self._follow(sources, None)
+
+
+class _Absent(nn.Module):
+    """The head of another task in an extracted network."""
+
+    def __init__(self, task: int, present: int):
+        super().__init__()
+        self.task, self.present = task, present
+
+    def forward(self, *_: Any) -> Tensor:
+        raise ConfigError(f"This is the network of task {self.present} alone; it has no head for task {self.task}.")
 
 
 def _of_torch(kind: type) -> bool:

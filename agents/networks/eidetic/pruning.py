@@ -42,9 +42,9 @@ def importance(
 
     Args:
         criterion: ``l1`` and ``l2``: norm of a unit's effective weights, summed over the layers that write it, each
-            relative to its mean. ``taylor``: the mean over examples of ``|a dL/da|``, first-order change of the loss if the unit's
-            output ``a`` (before a norm) is set to 0 (Molchanov et al. 2017, with the absolute value inside the mean).
-            ``random``: uniform.
+            relative to its mean. ``taylor``: the mean over examples of ``|a dL/da|``, to first order the change of the
+            loss if the unit's output ``a`` (before a norm) were 0 (Molchanov et al. 2017, with the absolute value inside
+            the mean). ``random``: uniform.
         losses: for ``taylor``: functions that give the loss of one batch each.
         rng: for ``random``.
 
@@ -202,16 +202,16 @@ class Pruner:
         return any(int(s.candidates.sum()) > self.allowed(s) for s in self.network.prunable().values())
 
     def advance(
-        self, *, quality: Callable[[], float], losses: Callable[[], Losses], optimizer: torch.optim.Optimizer,
-        rng: torch.Generator,
+        self, *, quality: Callable[[], float], optimizer: torch.optim.Optimizer, rng: torch.Generator,
+        losses: Callable[[], Losses] = tuple,
     ) -> dict[str, float]:  # fmt: skip
         """To be called after each update. Returns numbers to report, most often none.
 
         Args:
             quality: on held-out data; 1 is perfect, 0 trivial.
-            losses: batches for the criterion ``taylor``.
             optimizer: goes back with the weights.
             rng: of the training; goes back with the weights, and draws for ``random``.
+            losses: batches for the criterion ``taylor``; others need none.
         """
         self.done += 1
         last = self.total - round(self.config.finish * self.total)

@@ -101,6 +101,8 @@ def verify(network: EideticNetwork, probes: Probes | None = None, *, seed: int =
     if used:  # tasks without any are tried on those of another one: what they own is not to move for any input
         some = next(iter(used.values()))
         used = {k: used.get(k, some) for k in range(network.committed)}
+    dtype = next(network.parameters()).dtype  # the network may have been cast since
+    used = {k: [x.to(dtype) if x.is_floating_point() else x for x in xs] for k, xs in used.items()}
     rng = torch.Generator().manual_seed(seed)
     work = copy.deepcopy(network)
     checks: dict[str, Callable[[], tuple[str, str]]] = {
@@ -173,7 +175,10 @@ def activations(network: EideticNetwork, inputs: Sequence[Tensor], task: int) ->
 
 
 def observe(network: EideticNetwork, inputs: Sequence[Tensor], task: int) -> dict[str, Any]:
-    """Outputs of the whole network and of the extracted one, and a hash of the owned activations."""
+    """Outputs of the whole network and of the extracted one, a hash of the owned activations, and the widths.
+
+    Widening may change the last bits of what the whole network gives (sums have other lengths), never of the extracted one.
+    """
     found = hashlib.sha256()
     for name, tensors in sorted(activations(network, inputs, task).items()):
         for tensor in tensors:
@@ -181,7 +186,8 @@ def observe(network: EideticNetwork, inputs: Sequence[Tensor], task: int) -> dic
             raw = (tensor + 0.0).contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
             found.update(name.encode() + raw)
     dense = outputs(network, inputs, task)
-    return {"dense": dense, "block": outputs(network.extract(task), inputs, task), "activations": found.hexdigest()}
+    block, widths = outputs(network.extract(task), inputs, task), {n: s.size for n, s in network.prunable().items()}
+    return {"dense": dense, "block": block, "activations": found.hexdigest(), "widths": widths}
 
 
 def same(before: Any, after: Any) -> bool:
@@ -258,7 +264,7 @@ def forbidden(network: EideticNetwork) -> str:
 
 
 def _dynamic(network: EideticNetwork, evidence: Evidence) -> tuple[str, str]:
-    judged, other = 0, set()
+    judged, wider, other = 0, 0, set()
     for task, record in enumerate(network.references):
         if "inputs" not in record:
             continue
@@ -269,16 +275,21 @@ def _dynamic(network: EideticNetwork, evidence: Evidence) -> tuple[str, str]:
         now = observe(network, record["inputs"], task)
         if not same(now, observe(network, record["inputs"], task)):
             return "skip", f"two passes of the same network differ here ({here}), so nothing can be said"
-        evidence._change(record["seen"][here], now)
-        if not same(record["seen"][here], now):
-            part = next(k for k in now if not same(record["seen"][here][k], now[k]))
+        before = record["seen"][here]
+        if before["widths"] != now["widths"]:
+            wider += 1
+            before, now = ({"block": seen["block"]} for seen in (before, now))
+        evidence._change(before, now)
+        if not same(before, now):
+            part = next(k for k in now if not same(before[k], now[k]))
             return "fail", f"task {task}: {part} differ from what was recorded at its commit"
         judged += 1
     if judged == 0:
         there = f"; recorded for {sorted(other)[0]}" if other else "; no probes were recorded"
         return "skip", f"nothing was recorded for this configuration{there}"
     rest = network.committed - judged
-    return "pass", f"{judged} tasks are bit for bit as recorded" + (f", {rest} have no record here" if rest else "")
+    text = f"{judged} tasks are bit for bit as recorded" + (f", {rest} have no record here" if rest else "")
+    return "pass", text + (f"; the network was widened since, so {wider} were compared extracted" if wider else "")
 
 
 # -- L2 ------------------------------------------------------------------------------------------------------------------
@@ -333,6 +344,8 @@ def _influence(network: EideticNetwork, probes: Probes) -> tuple[str, str]:
     tasks = [k for k in range(network.committed) if k in probes]
     if not tasks:
         return "skip", "no inputs are known to try; give probes"
+    for _, parameter in owned_parameters(network):
+        parameter.value.requires_grad_(True)  # of target networks too
     parameters = dict(network.named_parameters())
     for task in tasks:
         spaces = network.all_spaces()
@@ -349,7 +362,9 @@ def _influence(network: EideticNetwork, probes: Probes) -> tuple[str, str]:
             wanted = [*parameters.values(), *(v for _, v, _ in taps)]
             wanted = [w for w in wanted if w.requires_grad]
             if not (isinstance(total, Tensor) and total.requires_grad):
-                continue
+                if any(x.requires_grad for x in inputs):
+                    return "skip", f"outputs of task {task} carry no gradient; forward must not switch gradients off"
+                continue  # made of tokens and of what is stored: nothing there has a derivative
             grads = dict(zip(map(id, wanted), torch.autograd.grad(total, wanted, allow_unused=True), strict=True))
         finally:
             for space in spaces.values():

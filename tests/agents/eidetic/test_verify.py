@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from clbench.agents.networks import eidetic
 from clbench.agents.networks.eidetic.verify import LEVELS, verify
+from clbench.errors import ConfigError
 
 KINDS = ("mlp", "conv", "conv_last", "residual", "gru", "attention", "embedding")
 SLOW = [pytest.param(k, marks=() if k in ("mlp", "conv", "attention") else pytest.mark.slow) for k in KINDS]
@@ -183,3 +185,85 @@ def test_several_inputs_and_outputs(lab: SimpleNamespace) -> None:
     assert found.status == dict.fromkeys(LEVELS, "pass"), found.details
     net.widen({"a": 2, "b": 1}, lab.generator(0))
     assert verify(net).status["L2"] == "pass" and verify(net).status["L4"] == "pass"
+
+
+# -- after widening and casting, and where nothing can be judged ---------------------------------------------------------
+
+
+class Small(eidetic.EideticNetwork):
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        hidden = self.space("h", 12)
+        self.first = eidetic.Linear(self.inputs("x", 5), hidden)
+        self.act = eidetic.Activation("relu")
+        self.out = self.heads(hidden, 2)
+
+    def forward(self, x: torch.Tensor, task: int) -> torch.Tensor:
+        return self.out(self.act(self.first(x)), task)
+
+
+def small(kind: type[Small] = Small, **options: Any) -> Small:
+    network = kind(**options)
+    network.begin_task(torch.Generator().manual_seed(0))
+    network.prunable()["h"].kill(torch.arange(12) < 6)
+    network.commit([torch.randn(16, 5, generator=torch.Generator().manual_seed(1))])
+    return network
+
+
+def test_after_widening_extracted_networks_are_compared() -> None:
+    network = small()
+    network.widen({"h": 37}, torch.Generator().manual_seed(2))
+    evidence = verify(network)
+    assert evidence.status["L1"] == "pass" and "widened since" in evidence.details["L1"] and evidence.ok
+    network.first.weight.store[11] += 1
+    assert verify(network).status["L1"] == "fail"
+
+
+def test_a_network_that_was_cast_is_tried_in_its_dtype() -> None:
+    evidence = verify(small().double())
+    assert evidence.status["L0"] == evidence.status["L1"] == "skip" and not evidence.ok
+    assert evidence.status["L2"] == evidence.status["L3"] == evidence.status["L4"] == "pass"
+
+
+def test_without_gradients_the_influence_is_not_judged() -> None:
+    class Silent(Small):
+        def forward(self, x: torch.Tensor, task: int) -> torch.Tensor:
+            with torch.no_grad():
+                return super().forward(x, task)
+
+    evidence = verify(small(Silent))
+    assert evidence.status["L3"] == "skip" and "carry no gradient" in evidence.details["L3"] and not evidence.ok
+
+
+def test_frozen_parameters_are_asked_about_too() -> None:
+    class Leak(Small):
+        def forward(self, x: torch.Tensor, task: int) -> torch.Tensor:
+            return super().forward(x, task) + self.first.weight.value.sum()
+
+    assert verify(small(Leak).requires_grad_(False)).status["L3"] == "fail"
+    assert verify(small().requires_grad_(False)).status["L3"] == "pass"
+
+
+def test_names_of_methods_and_heads_of_other_tasks_are_refused() -> None:
+    class Shadow(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = self.heads(self.spaces["h"], 2)
+
+    with pytest.raises(ConfigError, match="Shadow.heads is a method"):
+        Shadow()
+    network = small()
+    network.begin_task(torch.Generator().manual_seed(3))
+    network.commit()
+    with pytest.raises(ConfigError, match="network of task 0 alone; it has no head for task 1"):
+        network.extract(0)(torch.zeros(1, 5), task=1)
+
+
+def test_an_optimizer_can_be_given_the_new_head() -> None:
+    network = small()
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+    network.begin_task(torch.Generator().manual_seed(3))
+    new = network.new_parameters(optimizer)
+    assert {id(p) for p in new} == {id(p) for p in network.out.layers[1].parameters()}
+    optimizer.add_param_group({"params": new})
+    assert network.new_parameters(optimizer) == []
