@@ -420,8 +420,9 @@ class _NormedStepper:
         mean = torch.mm(x, self._average, out=self._mean)
         square = torch.mm(torch.square(x, out=self._squares), self._average, out=self._square)
         scale = square.addcmul_(mean, mean, value=-1).clamp_(min=0).add_(self.network.norm.eps).rsqrt_()
-        x.mul_(torch.mm(scale, self._back, out=self._factor)).add_(self._shift)
-        x.sub_(torch.mm(mean.mul_(scale), self._back, out=self._factor))
+        factor = torch.mm(scale, self._back, out=self._factor)
+        shift = torch.addmm(self._shift, mean.mul_(scale), self._back, alpha=-1, out=self._squares)
+        torch.addcmul(shift, x, factor, out=x)
         return z
 
 
