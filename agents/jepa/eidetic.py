@@ -47,7 +47,6 @@ class Features(nn.Module):
     def __init__(self, size: int, frequencies: int = 0):
         super().__init__()
         self.standardise, self.frequencies = Standardise((size,)), frequencies
-        self.standardise.frozen = True  # type: ignore[assignment]
 
     @property
     def size(self) -> int:
@@ -83,27 +82,26 @@ class LevelNorm(PrefixNorm):
         squares: Any = rows.square()
         factor: Any = 0.0
         # a unit reads its own level: the others add exact zeros; units that are killed have weight and bias 0
-        for average, back in self.averages(x.device):
-            mean, gain = rows @ average.to(x.dtype), back.to(x.dtype) * weight
-            scale = torch.rsqrt((squares @ average.to(x.dtype) - mean * mean).clamp_min(0) + self.eps)
+        for average, back in self.averages(x):
+            mean, gain = rows @ average, back * weight
+            scale = torch.rsqrt((squares @ average - mean * mean).clamp_min(0) + self.eps)
             factor = factor + scale @ gain
             shift = torch.addmm(shift, mean * scale, gain, alpha=-1)
         return torch.addcmul(shift, rows, factor).view_as(x)
 
-    def averages(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    def averages(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Per chunk of levels what averages (n, CHUNK) and what hands back to the units (CHUNK, n)."""
-        key = (self.axis.key(), device)
+        key = (self.axis.key(), like.device, like.dtype)
         if self._averages is None or self._averages[0] != key:
-            alive, members, level = self.levels(device)
+            alive, members, level = self.levels(like.device)
             owners = self.axis.owners()
             if self.own:
                 members = [(owners == task) & alive for task in owners.unique()]
             chunks = []
             for start in range(0, len(members), CHUNK):
-                average = torch.zeros(len(owners), CHUNK, device=device)
-                back = torch.zeros(CHUNK, len(owners), device=device)
+                average, back = like.new_zeros(len(owners), CHUNK), like.new_zeros(CHUNK, len(owners))
                 for i, inside in enumerate(members[start : start + CHUNK]):
-                    average[:, i] = inside / inside.sum().clamp_min(1)
+                    average[:, i] = inside.to(like.dtype) / inside.sum().clamp_min(1)
                     back[i] = level == start + i
                 chunks.append((average, back))
             self._averages = key, chunks
@@ -400,7 +398,7 @@ class _NormedStepper:
     def _norm(self) -> None:
         norm = self.network.norm
         assert norm.weight is not None and norm.bias is not None
-        average, back = zip(*norm.averages(self._average.device), strict=True)
+        average, back = zip(*norm.averages(self._average), strict=True)
         levels = self._average.shape[1]
         self._average.copy_(torch.cat(average, 1)[:, :levels])
         self._back.copy_(torch.cat(back)[:levels] * norm.weight())
