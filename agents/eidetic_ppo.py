@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from clbench.agents.networks.eidetic.layers import Heads, Linear
 from clbench.agents.networks.eidetic.network import EideticNetwork
-from clbench.agents.networks.eidetic.ownership import Axis, OwnedParameter, Space
+from clbench.agents.networks.eidetic.ownership import Axis, OwnedParameter, Space, owned_parameters
 from clbench.agents.networks.eidetic.policy import EideticPolicy, prepare
 from clbench.agents.networks.eidetic.pruning import Pruner, Pruning
 from clbench.agents.networks.eidetic.routing import NoveltyRouter, TrainedRouter
@@ -46,6 +46,7 @@ from clbench.errors import ConfigError, ContractError
 
 PROBES = 64  # observations per task that are kept to prove that nothing has changed
 YIELDS = 50  # of a whole distillation; in between it cannot be interrupted
+HIDDEN_GAIN = math.sqrt(6)  # from weights uniform in +-1/sqrt(n) to those of SB3, with a variance of 2/n
 HEAD_GAIN = 0.01  # a new head starts near zero, as in SB3: whatever features it finds, it explores
 
 
@@ -145,11 +146,11 @@ class EideticActorCritic(ActorCriticPolicy):
         """
         rng = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         if not self.actor.begun:
-            task = self.actor.begin_task(rng)
-            head = self.actor.head.layers[task]
-            with torch.no_grad():
-                for fresh in (head.weight, head.bias):
-                    fresh.value.mul_(HEAD_GAIN)  # type: ignore[union-attr]
+            head = self.actor.head.layers[self.actor.begin_task(rng)]
+            with torch.no_grad():  # what finished tasks own is stored elsewhere
+                for name, fresh in owned_parameters(self.actor):
+                    fresh.value.mul_(HIDDEN_GAIN if fresh.inputs is not None else float(name.endswith("weight")))
+                head.weight.value.mul_(HEAD_GAIN / HIDDEN_GAIN)  # type: ignore[union-attr]
         self.critic = Critic(self.parts, self.sizes[1], rng=rng).to(self.device)
         self.renew_optimizer()
 
@@ -257,7 +258,8 @@ class EideticPPO(SB3PPO):
             norm: before each activation of the actor: none or prefix (PrefixNorm).
             activation: of the actor: relu, tanh, gelu, silu, mish, elu or sigmoid.
             pruning: what is pruned; shares of the budget are shares of ``distil_updates``.
-            distil_updates: gradient updates of a task that prune and distil; they take no environment steps.
+            distil_updates: gradient updates of a task that prune and distil; they take no environment steps. At most one per
+                observation that was kept.
             distil_lr: their learning rate.
             distil_batch: their batch size.
             visited: so many of the latest observations of a task are kept until it is finished.
@@ -387,7 +389,7 @@ class EideticPPO(SB3PPO):
             inputs = self.policy.inputs(self.visited)
             self.teacher = [y.clone() for y in as_list(self.network(*inputs, task=self.network.task))]
         self.pruner = Pruner(self.network, self.config.pruning)
-        self.pruner.begin(self.config.distil_updates)
+        self.pruner.begin(min(self.config.distil_updates, len(inputs[0])))
         self.distiller = self._new_distiller()
 
     def _new_distiller(self) -> torch.optim.Adam:

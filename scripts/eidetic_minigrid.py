@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[str, str]] = {  # agent and protocol
     "independent": ("sb3-ppo", "independent"),
     "joint": ("sb3-ppo", "joint"),
 }
-# the same for both agents, chosen on another seed: an entropy bonus, as rewards are sparse, and larger steps for few samples
+# the same for both agents, chosen on seed 100: an entropy bonus, as rewards are sparse, and larger steps than the default
 OPTIONS: dict[str, Any] = {"lr": 6e-4, "batch_size": 256, "ent_coef": 0.01}
 OWN: dict[str, dict[str, Any]] = {EIDETIC: {"hidden": (128, 128), "distil_updates": 500}, "sb3-ppo": {}}
 ENVS = 16
