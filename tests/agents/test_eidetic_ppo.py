@@ -4,13 +4,15 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 from clbench.agents import eidetic_ppo
-from clbench.agents.eidetic_ppo import EideticActorCritic, EideticPPO, divergence, marginal, quality, split
+from clbench.agents.eidetic_ppo import EideticActorCritic, EideticPPO, Numbers, divergence, marginal, quality, split
 from clbench.agents.networks.eidetic import FREE, verify
 from clbench.agents.networks.eidetic.policy import EideticPolicy
 from clbench.agents.networks.eidetic.pruning import Pruning
@@ -519,8 +521,6 @@ def test_options_out_of_range(tiny: Any, options: dict[str, Any], message: str) 
 
 
 def test_what_it_cannot_do_is_one_sentence(tiny: Any) -> None:
-    from gymnasium.spaces import MultiBinary
-
     plane = tiny.Line(1, "").spaces.observation
     with pytest.raises(ConfigError, match="'eidetic-ppo' needs Box or Discrete actions"):
         EideticPPO(Spaces(plane, MultiBinary(2)), EideticPPO.Config(), device=tiny.cpu, rng=tiny.generator(0))
@@ -538,3 +538,18 @@ def test_it_is_an_sb3_policy_and_explores_at_first(tiny: Any) -> None:
         assert bool(((probabilities - 0.5).abs() < 0.02).all())
         learn(tiny, agent, world(tiny, "discrete", number))
         agent.finish_task()
+
+
+def test_a_task_starts_with_weights_of_the_size_that_sb3_has(tiny: Any) -> None:
+    agent = make(tiny, "discrete", hidden=(400, 400), norm="prefix")
+    last, head = agent.network.layers[1].weight(), agent.network.head.layers[0].weight()
+    assert float(last.detach().var()) == pytest.approx(2 / 400, rel=0.05)
+    assert head.abs().max() <= 0.01 / 400**0.5
+    assert bool((agent.network.norms[0].weight() == 1).all()) and not agent.network.layers[1].bias().any()
+
+
+def test_bounded_numbers_are_scaled_but_not_centred() -> None:
+    low, high = [0, -3, -1, -np.inf], [31, 2, 1, np.inf]
+    space = Dict(a=Box(np.float32(low), np.float32(high)), b=Discrete(2, start=5))
+    vectors, images = Numbers(space)({"a": torch.tensor([[31.0, -3.0, 0.5, 7.0]]), "b": torch.tensor([6])})
+    assert images == [] and torch.equal(torch.cat(vectors, 1), torch.tensor([[1.0, -1.0, 0.5, 7.0, 0.0, 1.0]]))
