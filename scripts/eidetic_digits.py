@@ -202,8 +202,9 @@ def routing(study: Study) -> str:
     """Accuracy with the right head, and with the head that a router finds."""
     rows, confusions = [], []
     for stream in ("digits-split", "digits-rotated", "digits-permuted"):
-        own = "" if stream == "digits-permuted" else f"{stream}-oracle"  # that stream reveals ids by itself
-        oracle = [study.eidetic(s, WIDTH, stream, own, reveals="task_id") for s in study.seeds]
+        told: dict[str, Any] = {"name": f"{stream}-oracle", "reveals": "task_id"}
+        told = {} if stream == "digits-permuted" else told  # that stream reveals ids by itself
+        oracle = [study.eidetic(s, WIDTH, stream, **told) for s in study.seeds]
         novelty = [study.eidetic(s, WIDTH, stream, f"{stream}-novelty", reveals="boundaries") for s in study.seeds]
         trained = [
             study.eidetic(s, WIDTH, stream, f"{stream}-trained", reveals="boundaries", router="trained")
