@@ -145,7 +145,7 @@ def main(given: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, with commas between")
-    parser.add_argument("--budget", type=int, default=24_576, help="environment steps per task")
+    parser.add_argument("--budget", type=int, default=40_960, help="environment steps per task")
     parser.add_argument("--episodes", type=int, default=20, help="evaluation episodes per task")
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=1)
