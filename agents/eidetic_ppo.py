@@ -46,7 +46,7 @@ from clbench.errors import ConfigError, ContractError
 
 PROBES = 64  # observations per task that are kept to prove that nothing has changed
 YIELDS = 50  # of a whole distillation; in between it cannot be interrupted
-HIDDEN_GAIN = math.sqrt(6)  # from weights uniform in +-1/sqrt(n) to those of SB3, with a variance of 2/n
+HIDDEN_GAIN = math.sqrt(2)  # of orthogonal initial weights, as in SB3: with torch's default PPO learns far more slowly
 HEAD_GAIN = 0.01  # a new head starts near zero, as in SB3: whatever features it finds, it explores
 
 
@@ -66,6 +66,22 @@ class Numbers(Parts):
             if isinstance(scale, Scale):
                 scale.radius += scale.center.abs()
                 scale.center.zero_()
+
+
+@torch.no_grad()
+def make_orthogonal(network: EideticNetwork, rng: torch.Generator) -> None:
+    """Orthogonal rows, and biases of 0, for all units that no task owns; what is owned is stored elsewhere."""
+    heads = {id(p) for h in network.all_heads() for p in h.modules()}
+    for _, parameter in owned_parameters(network):
+        if not parameter.bound:  # gains, offsets, standard deviations: constant at first
+            continue
+        free = parameter.out[1].expand(lambda s: s.free).nonzero()[:, 0]
+        if parameter.inputs is None:
+            parameter.value[free] = 0.0
+        elif len(free):
+            fresh = torch.empty(len(free), parameter.value[0].numel(), device=rng.device)
+            nn.init.orthogonal_(fresh, HEAD_GAIN if id(parameter) in heads else HIDDEN_GAIN, generator=rng)
+            parameter.value[free] = fresh.reshape(-1, *parameter.value.shape[1:]).to(parameter.value)
 
 
 class GaussianHeads(Heads):
@@ -102,6 +118,9 @@ class Critic(nn.Module):
         self.convs = nn.ModuleList(ConvEncoder(*shape, rng=rng, high=1.0) for shape in parts.image_shapes)
         size = parts.flat_size + sum(int(m.size) for m in self.convs)  # type: ignore[arg-type]
         self.mlp = MLP([size, *hidden, 1], rng=rng, activation=torch.tanh)
+        for layer in self.mlp.layers:
+            gain = 1.0 if layer is self.mlp.layers[-1] else HIDDEN_GAIN
+            nn.init.orthogonal_(layer.weight, gain, generator=rng)  # type: ignore[arg-type]
 
     def forward(self, *inputs: Tensor) -> Tensor:
         vectors, images = inputs[: self.vectors], inputs[self.vectors :]
@@ -146,11 +165,8 @@ class EideticActorCritic(ActorCriticPolicy):
         """
         rng = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         if not self.actor.begun:
-            head = self.actor.head.layers[self.actor.begin_task(rng)]
-            with torch.no_grad():  # what finished tasks own is stored elsewhere
-                for name, fresh in owned_parameters(self.actor):
-                    fresh.value.mul_(HIDDEN_GAIN if fresh.inputs is not None else float(name.endswith("weight")))
-                head.weight.value.mul_(HEAD_GAIN / HIDDEN_GAIN)  # type: ignore[union-attr]
+            self.actor.begin_task(rng)
+            make_orthogonal(self.actor, rng)
         self.critic = Critic(self.parts, self.sizes[1], rng=rng).to(self.device)
         self.renew_optimizer()
 
@@ -258,8 +274,8 @@ class EideticPPO(SB3PPO):
             norm: before each activation of the actor: none or prefix (PrefixNorm).
             activation: of the actor: relu, tanh, gelu, silu, mish, elu or sigmoid.
             pruning: what is pruned; shares of the budget are shares of ``distil_updates``.
-            distil_updates: gradient updates of a task that prune and distil; they take no environment steps. At most one per
-                observation that was kept.
+            distil_updates: gradient updates of a task that prune and distil; they take no environment steps. At most one
+                per observation that was kept.
             distil_lr: their learning rate.
             distil_batch: their batch size.
             visited: so many of the latest observations of a task are kept until it is finished.
