@@ -47,6 +47,7 @@ class Features(nn.Module):
     def __init__(self, size: int, frequencies: int = 0):
         super().__init__()
         self.standardise, self.frequencies = Standardise((size,)), frequencies
+        self.standardise.frozen = True  # type: ignore[assignment]  # so is what it consists of
 
     @property
     def size(self) -> int:
