@@ -548,7 +548,7 @@ def test_a_task_starts_with_weights_of_the_size_that_sb3_has(tiny: Any) -> None:
 
 
 def test_bounded_numbers_are_scaled_but_not_centred() -> None:
-    low, high = [0, -3, -1, -np.inf], [31, 2, 1, np.inf]
-    space = Dict(a=Box(np.float32(low), np.float32(high)), b=Discrete(2, start=5))
+    low, high = np.array([[0, -3, -1, -np.inf], [31, 2, 1, np.inf]], np.float32)
+    space = Dict(a=Box(low, high), b=Discrete(2, start=5))
     vectors, images = Numbers(space)({"a": torch.tensor([[31.0, -3.0, 0.5, 7.0]]), "b": torch.tensor([6])})
     assert images == [] and torch.equal(torch.cat(vectors, 1), torch.tensor([[1.0, -1.0, 0.5, 7.0, 0.0, 1.0]]))
