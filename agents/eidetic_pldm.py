@@ -22,6 +22,7 @@ such as where a door is, only once one has been there.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -165,6 +166,11 @@ class EideticPLDM(Agent):
             ):
                 if getattr(self, name) not in values:
                     raise ConfigError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+            if self.norm == "own" and self.latent < 2 * self.pruning.tasks:
+                raise ConfigError(
+                    f"{self.pruning.tasks} tasks share a latent of {self.latent} numbers, but a task that is normalised by "
+                    "its own needs at least 2; raise latent, or lower pruning.tasks."
+                )
             if self.batch_size < 2:
                 raise ConfigError("batch_size must be at least 2: the variance is taken over the batch.")
             if self.window < 2:
@@ -186,7 +192,9 @@ class EideticPLDM(Agent):
         ).to(device)  # fmt: skip
         self.network.begin_task(self.rng)  # the first task may be acted in before it is trained
         self.inverse_head = self._new_inverse_head()
-        self.pruner = Pruner(self.network, config.pruning)
+        # a task that keeps one number of the latent would normalise it away
+        least = max(config.pruning.least, 2 if config.norm == "own" else 1)
+        self.pruner = Pruner(self.network, dataclasses.replace(config.pruning, least=least))
         self.optimizer = self._new_optimizer()
         self.ids: list[int | None] = []  # task of the network -> id in the stream, where it was revealed
         self.known: int | None = None  # the task of the network that the stream has come back to
@@ -252,6 +260,11 @@ class EideticPLDM(Agent):
         self.known = self.ids.index(task.id) if task.id is not None and task.id in self.ids else None
         if self.known is not None:
             return
+        if task.id is None and not self.config.transfer and self.network.committed:
+            raise ConfigError(
+                "Agent 'eidetic-pldm' cannot tell tasks apart without task ids and without transfer: evidence compares the "
+                "numbers that all tasks predict, and there are none. Add --reveals task_id, or let tasks transfer."
+            )
         if not self.network.begun:
             self.network.begin_task(self.rng)
         self.ids = [*self.ids[: self.network.task], task.id]

@@ -31,7 +31,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
 from clbench.agents.networks.eidetic.layers import Heads, Linear
-from clbench.agents.networks.eidetic.network import EideticNetwork
+from clbench.agents.networks.eidetic.network import EideticNetwork, Exhausted
 from clbench.agents.networks.eidetic.ownership import Axis, OwnedParameter, Space, owned_parameters
 from clbench.agents.networks.eidetic.policy import EideticPolicy, prepare
 from clbench.agents.networks.eidetic.pruning import Pruner, Pruning
@@ -280,7 +280,7 @@ class EideticPPO(SB3PPO):
             distil_batch: their batch size.
             visited: so many of the latest observations of a task are kept until it is finished.
             transfer: let units read those of older tasks.
-            exhausted: what to do when no unit is free: raise, or train heads alone (head-only).
+            exhausted: what to do when no unit is free: raise, train heads alone (head-only), or add units (widen).
             router: who decides where no task id is given: novelty, trained (keeps examples of all tasks) or newest.
         """
 
@@ -296,7 +296,7 @@ class EideticPPO(SB3PPO):
         distil_batch: int = 256
         visited: int = 4096
         transfer: bool = True
-        exhausted: Literal["raise", "head-only"] = "raise"
+        exhausted: Exhausted = "raise"
         router: Literal["novelty", "trained", "newest"] = "novelty"
 
         def __post_init__(self) -> None:

@@ -316,6 +316,11 @@ def _notes(saved: SavedRun, networks: Mapping[str, EideticNetwork]) -> list[str]
     if other:
         notes.append(f"the run was made with {' and '.join(other)}; other versions may round differently.")
     stream = saved.resolved.stream
+    if saved.resolved.config.protocol == "independent":
+        notes.append(
+            f"of the {len(stream.phases)} agents of this run, one per task, only the last is in the checkpoint; what "
+            "follows is about that one."
+        )
     if stream.reveals != "nothing" and saved.resolved.config.protocol == "sequential":
         segments = saved.checkpoint.get("position", {}).get("segment", 0)
         phases = stream.phases[:segments]  # a phase is one segment where boundaries are told

@@ -22,18 +22,22 @@ from typing import Any
 import torch
 
 import clbench
+from clbench.agents.eidetic_bc import EideticBC
+from clbench.data.labelled import load_source
 from clbench.experiments import RunResult, load_agent
 from clbench.metrics.statistics import Interval, paired_difference, summarise
 from clbench.records import read_json
 from clbench.report.markdown import interval_text
 from clbench.rng import numpy_generator
+from clbench.streams.core import make_stream
 from clbench.verification import verify_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results" / "eidetic_digits.md"
+STREAMS = ("digits-split", "digits-rotated", "digits-permuted")
 WIDTH = 512
 WIDTHS = (32, 64, 128, 256)
-PLAIN = {"lr": 2e-3}  # the learning rate of eidetic-bc
+PLAIN = {"lr": EideticBC.Config.lr}
 VARIANTS: dict[str, dict[str, Any]] = {
     "l2 (default)": {},
     "l1": {"pruning": {"criterion": "l1"}},
@@ -107,11 +111,15 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def evidence(paths: Sequence[Path]) -> str:
-    """What `clbench verify` says of finished runs: the worst status per level, and the largest change."""
-    found = [verify_run(path).to_dict() for path in paths]
+    """What `clbench verify` says of finished runs: worst status per level, largest change. Stops where one fails."""
+    found = [verify_run(path) for path in paths]
+    for verification in found:
+        if not verification.ok:
+            raise SystemExit(f"{verification.target}: a finished task has changed ({verification.levels})")
     order = ("fail", "skip", "pass")
-    levels = {level: min((f["levels"][level] for f in found), key=order.index) for level in found[0]["levels"]}
-    return f"{', '.join(f'{k} {v}' for k, v in levels.items())}; largest change {max(f['max_abs_change'] for f in found):g}"
+    levels = {level: min((f.levels[level] for f in found), key=order.index) for level in found[0].levels}
+    change = max(e.max_abs_change for f in found for e in f.networks.values())
+    return f"{', '.join(f'{k} {v}' for k, v in levels.items())}; largest change {change:g}"
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------------
@@ -164,21 +172,24 @@ def widths(study: Study) -> str:
             return f"{100 * statistics.mean(f(c) for c in found):.0f} %"
 
         last = [r.results["matrix"][-1] for r in ours]
+        owned = [n for c in capacity for space in c.units.values() for owner, n in space.items() if owner != "free"]
         rows.append(
             (
                 width, text([final(r) for r in ours], str(width)), text([final(r) for r in alone], str(width), "alone"),
                 difference([final(r) for r in ours], [final(r) for r in alone], str(width)),
                 f"{statistics.mean(row[0] for row in last):.3f}", f"{statistics.mean(row[-1] for row in last):.3f}",
-                f"{width // 10}", mean(lambda c: 1 - c.share("free")), mean(lambda c: c.live), mean(lambda c: c.dead),
+                f"{min(owned)} to {max(owned)}", mean(lambda c: 1 - c.share("free")), mean(lambda c: c.live),
+                mean(lambda c: c.dead),
             )
         )  # fmt: skip
     head = (
         "width", "eidetic-bc, %", "independent, same width, %", "difference, points", "first task", "last task",
-        "units per task and layer at most", "units owned", "weights live", "weights dead",
+        "units of a task in a layer", "units owned", "weights live", "weights dead",
     )  # fmt: skip
     return (
-        f"## Capacity\n\nTwo hidden layers for ten permutations, seeds {study.few}. Each task may own a tenth of the "
-        f"units; all others that it reads belong to older tasks.\n\n{table(head, rows)}\n"
+        f"## Capacity\n\nTwo hidden layers for ten permutations, seeds {study.few}. A task may own `1 / (tasks left + 1)` "
+        "of the units that are free, and owns fewer where pruning goes on; all others that it reads are older.\n\n"
+        f"{table(head, rows)}\n"
     )
 
 
@@ -186,7 +197,7 @@ def variants(study: Study) -> str:
     """One change at a time."""
     rows = []
     for name, options in VARIANTS.items():
-        path = f"digits-permuted-{''.join(c if c.isalnum() else '-' for c in name)}" if options else ""
+        path = f"variant-{''.join(c if c.isalnum() else '-' for c in name)}" if options else ""
         made = [study.eidetic(seed, WIDTH, name=path, **options) for seed in study.few]
         rows.append(
             (
@@ -201,7 +212,7 @@ def variants(study: Study) -> str:
 def routing(study: Study) -> str:
     """Accuracy with the right head, and with the head that a router finds."""
     rows, confusions = [], []
-    for stream in ("digits-split", "digits-rotated", "digits-permuted"):
+    for stream in STREAMS:
         told: dict[str, Any] = {"name": f"{stream}-oracle", "reveals": "task_id"}
         told = {} if stream == "digits-permuted" else told  # that stream reveals ids by itself
         oracle = [study.eidetic(s, WIDTH, stream, **told) for s in study.seeds]
@@ -309,12 +320,16 @@ def page(texts: Iterable[str], study: Study, arguments: argparse.Namespace) -> s
     assert study.example is not None
     made = read_json(study.example / "config.json")["provenance"]
     commit = f"{str(made['git'])[:12]}{' with local changes' if made['dirty'] else ''}"
+    options, data = EideticBC.Config(), load_source("digits")
+    budgets = ", ".join(f"{s}: {make_stream(s).phases[0].budget}" for s in STREAMS)
     return (
         "# Eidetic networks on streams of digits\n\n"
-        f"Written by `python scripts/eidetic_digits.py --seeds {arguments.seeds} --write`. Scikit-learn's digits (8x8, "
-        "1437 to train on, 360 to test on), 450 updates per task with batches of 64 (digits-split: 360), pruning included; "
-        "a tenth of the training data is held out for the judgement of kills until the last one. Seeds "
-        f"{arguments.seeds}; options were chosen on seed 100. Means over seeds with 95 % bootstrap intervals over runs. "
+        f"Written by `python scripts/eidetic_digits.py --seeds {arguments.seeds} --write`. Scikit-learn's digits, "
+        f"{len(data.train)} to train on, {len(data.test)} to test on. Updates per task, pruning included ({budgets}), with "
+        f"batches of {options.batch_size} for all methods. `eidetic-bc` holds out {options.held_out:.0%} of the training "
+        "data until it has judged its last kill. Plain networks are `bc` with the same width and learning rate "
+        f"({options.lr}), which was not tuned for them. Seeds {arguments.seeds}; options of `eidetic-bc` were "
+        "chosen on seed 100. Means over seeds with 95 % bootstrap intervals over runs. "
         f"Commit {commit}, {made['cpu']}, 1 thread, GPU: {made['gpu'] or 'none'}, torch {made['torch']}.\n\n"
         + "\n".join(texts)
     )

@@ -29,7 +29,7 @@ from clbench.agents.networks.eidetic.ownership import FREE, INPUT, Space
 from clbench.agents.networks.eidetic.verify import WHOLE
 from clbench.contracts import Stepper
 from clbench.errors import ConfigError
-from clbench.planners.steppers import Affine, MLPStepper, fold_action_scale
+from clbench.planners.steppers import Affine, MLPStepper, PredictStepper, fold_action_scale
 
 LatentNorm = Literal["own", "prefix"]
 CHUNK = 16  # levels that are averaged by one matrix product
@@ -64,7 +64,9 @@ class Features(nn.Module):
 
 
 class LevelNorm(PrefixNorm):
-    """:class:`PrefixNorm` by matrix products with 0/1 matrices: all levels at once, in shapes that never change.
+    """:class:`PrefixNorm`; with ``own`` by products with 0/1 matrices, all tasks at once, in shapes that never change.
+
+    Variances are of centred numbers; the mean of squares less the squared mean would lose them where the mean is large.
 
     Args:
         space: of the last axis.
@@ -78,26 +80,27 @@ class LevelNorm(PrefixNorm):
         self._averages: tuple[Any, Any] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.own:  # a level has members that are centred by other levels, too
+            return super().forward(x)
         assert self.weight is not None and self.bias is not None
-        weight, shift, rows = self.weight(), self.bias(), x.reshape(-1, x.shape[-1])
-        squares: Any = rows.square()
-        factor: Any = 0.0
+        weight, rows, chunks = self.weight(), x.reshape(-1, x.shape[-1]), self.averages(x)
         # a unit reads its own level: the others add exact zeros; units that are killed have weight and bias 0
-        for average, back in self.averages(x):
-            mean, gain = rows @ average, back * weight
-            scale = torch.rsqrt((squares @ average - mean * mean).clamp_min(0) + self.eps)
-            factor = factor + scale @ gain
-            shift = torch.addmm(shift, mean * scale, gain, alpha=-1)
-        return torch.addcmul(shift, rows, factor).view_as(x)
+        centred = rows
+        for average, back in chunks:
+            centred = torch.addmm(centred, rows @ average, back, alpha=-1)
+        squares: Any = centred.square()
+        factor: Any = 0.0
+        for average, back in chunks:
+            factor = factor + torch.rsqrt(squares @ average + self.eps) @ (back * weight)
+        return torch.addcmul(self.bias(), centred, factor).view_as(x)
 
     def averages(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Per chunk of levels what averages (n, CHUNK) and what hands back to the units (CHUNK, n)."""
         key = (self.axis.key(), like.device, like.dtype)
         if self._averages is None or self._averages[0] != key:
-            alive, members, level = self.levels(like.device)
+            alive, _, level = self.levels(like.device)
             owners = self.axis.owners()
-            if self.own:
-                members = [(owners == task) & alive for task in owners.unique()]
+            members = [(owners == task) & alive for task in owners.unique()]
             chunks = []
             for start in range(0, len(members), CHUNK):
                 average, back = like.new_zeros(len(owners), CHUNK), like.new_zeros(CHUNK, len(owners))
@@ -142,7 +145,8 @@ class LatentHeads(Heads):
         space: Any = self.spaces[task]
         rows = torch.cat([numbers[: space.size - self.context], numbers.new_ones(self.context)]).nonzero()[:, 0]
         for parameter in (layer.weight, layer.bias):
-            parameter.store, parameter._masks = parameter.store.index_select(0, rows), None
+            parameter.store = parameter.store.index_select(0, rows)
+            parameter.forget()
         space.owner, space.alive = space.owner[rows], space.alive[rows]
         space.version += 1
 
@@ -364,11 +368,11 @@ class TaskModel:
 
     def stepper(self, rows: int, *, dtype: torch.dtype | None = None) -> Stepper:
         """``predict`` for ``rows`` latents in resident buffers, with the weights of this moment."""
-        return _NormedStepper(self.network, self.task, rows, dtype)
+        return _NormedStepper(self.network, self.task, rows, dtype) if self.network.norm.own else PredictStepper(self)
 
 
 class _NormedStepper:
-    """An :class:`MLPStepper` whose latents are finished by a :class:`LevelNorm`, in place."""
+    """An :class:`MLPStepper` whose latents are finished by a :class:`LevelNorm` of the tasks' own numbers, in place."""
 
     def __init__(self, network: EideticWorldModel, task: int, rows: int, dtype: torch.dtype | None):
         self.network, self.task = network, task
@@ -378,10 +382,11 @@ class _NormedStepper:
             dtype=dtype,
         )  # fmt: skip
         like, levels = self._steps.latents, len(network.latent.owner.unique())
-        self._average, self._back = like.new_empty(self.size, levels), like.new_empty(levels, self.size)
+        self._average = like.new_empty(self.size, levels)
+        self._back, self._gain = (like.new_empty(levels, self.size) for _ in range(2))
         self._shift = like.new_empty(self.size)
-        self._mean, self._square = (like.new_empty(rows, levels) for _ in range(2))
-        self._squares, self._factor = (like.new_empty(rows, self.size) for _ in range(2))
+        self._level = like.new_empty(rows, levels)
+        self._centred, self._squares = (like.new_empty(rows, self.size) for _ in range(2))
         self._norm()
 
     @torch.no_grad()
@@ -402,7 +407,8 @@ class _NormedStepper:
         average, back = zip(*norm.averages(self._average), strict=True)
         levels = self._average.shape[1]
         self._average.copy_(torch.cat(average, 1)[:, :levels])
-        self._back.copy_(torch.cat(back)[:levels] * norm.weight())
+        self._back.copy_(torch.cat(back)[:levels])
+        self._gain.copy_(self._back * norm.weight())
         self._shift.copy_(norm.bias())
 
     def pack(self) -> None:
@@ -416,12 +422,11 @@ class _NormedStepper:
     def step(self, action: Tensor) -> Tensor:
         z = self._steps.step(action)
         x = z[:, : self.size]
-        mean = torch.mm(x, self._average, out=self._mean)
-        square = torch.mm(torch.square(x, out=self._squares), self._average, out=self._square)
-        scale = square.addcmul_(mean, mean, value=-1).clamp_(min=0).add_(self.network.norm.eps).rsqrt_()
-        factor = torch.mm(scale, self._back, out=self._factor)
-        shift = torch.addmm(self._shift, mean.mul_(scale), self._back, alpha=-1, out=self._squares)
-        torch.addcmul(shift, x, factor, out=x)
+        mean = torch.mm(x, self._average, out=self._level)
+        centred = torch.addmm(x, mean, self._back, alpha=-1, out=self._centred)
+        square = torch.mm(torch.square(centred, out=self._squares), self._average, out=self._level)
+        factor = torch.mm(square.add_(self.network.norm.eps).rsqrt_(), self._gain, out=self._squares)
+        torch.addcmul(self._shift, centred, factor, out=x)
         return z
 
 

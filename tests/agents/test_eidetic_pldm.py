@@ -293,6 +293,20 @@ def test_the_level_norm_is_the_prefix_norm() -> None:
     assert not bool(own[..., 37:].any()) and not torch.allclose(own, prefix, atol=1e-2)
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0, 3000.0])
+def test_the_level_norm_is_exact_where_means_are_large(offset: float) -> None:
+    """The mean of squares less the squared mean, in float32, would be off by hundreds for the last offset."""
+
+    class Net(EideticNetwork):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = LevelNorm(self.space("h", 32), own=True)
+
+    x = offset + torch.randn(8, 32, generator=generator(0))
+    expected = torch.nn.functional.layer_norm(x.double(), (32,)).float()
+    assert torch.allclose(Net().norm(x), expected, atol=2e-6 * max(offset, 1))
+
+
 @pytest.mark.parametrize("norm", ["own", "prefix"])
 @pytest.mark.parametrize("spaces", [PLANE, MOVING], ids=["goal", "context"])
 def test_the_stepper_is_predict(norm: str, spaces: Spaces) -> None:
@@ -309,7 +323,7 @@ def test_the_stepper_is_predict(norm: str, spaces: Spaces) -> None:
             cost = rollout(model, z, actions, lambda z, step: z.square().mean(-1))
             slow = rollout(Slow(model), z, actions, lambda z, step: z.square().mean(-1))
         assert torch.allclose(cost, slow, rtol=1e-4, atol=1e-4)
-        assert not isinstance(model.stepper(3), PredictStepper)
+        assert isinstance(model.stepper(3), PredictStepper) == (norm == "prefix")
 
 
 class Slow:
@@ -585,3 +599,20 @@ def test_context_is_carried_beside_and_left_out_of_goals() -> None:
     assert model.goal_features(z).shape[1] == z.shape[1] - 1
     assert isinstance(agent.eidetic["world_model"], EideticWorldModel)
     assert verify(agent.network).ok
+
+
+def test_without_ids_and_without_transfer_tasks_cannot_be_told_apart() -> None:
+    agent = make(transfer=False)
+    learn(agent, walks(0.0), 10)
+    with pytest.raises(ConfigError, match="cannot tell tasks apart without task ids and without transfer"):
+        agent.start_task(TaskInfo())
+    agent.start_task(TaskInfo(1))
+
+
+def test_a_task_needs_two_numbers_of_its_own_to_normalise_by() -> None:
+    with pytest.raises(ConfigError, match="5 tasks share a latent of 9 numbers"):
+        make(latent=9, pruning={"tasks": 5})
+    agent = make(latent=10, pruning={"tasks": 5})
+    for k in range(2):
+        learn(agent, walks(float(k)), 10, task=k)
+        assert int(agent.network.own(k).sum()) == 2

@@ -366,6 +366,20 @@ def test_where_nothing_is_free_a_task_is_refused_or_trains_its_head_alone(tiny: 
     assert not unchanged(answers(tiny, agent, "discrete", 0), answers(tiny, agent, "discrete", 1))
 
 
+def test_where_nothing_is_free_units_may_be_added(tiny: Any) -> None:
+    full = {"hidden": (4, 4), "pruning": {"tasks": 1, "train": 0.0, "recover": 0.1, "tolerance": 0.0}}
+    agent, before = make(tiny, "discrete", **full, exhausted="widen"), {}
+    for number in range(3):
+        train(tiny, agent, "discrete", number)
+        # what acts stays bit for bit; sums of the whole network have other lengths now and may be rounded differently
+        before[number] = answers(tiny, agent, "discrete", number)[1:]
+    assert all(unchanged(v, answers(tiny, agent, "discrete", k)[1:]) for k, v in before.items())
+    assert all(s.size > 4 for s in agent.network.prunable().values())
+    other = make(tiny, "discrete", **full, exhausted="widen")
+    other.load_state_dict(tiny.through_file(agent.state_dict()))
+    assert tiny.same(other.state_dict(), agent.state_dict())
+
+
 @pytest.mark.parametrize(("budget", "last"), [(101, 96), (48, 48), (30, 24), (7, 6)])
 def test_budgets_are_never_overshot(tiny: Any, budget: int, last: int) -> None:
     agent, env = make(tiny, "discrete", distil_updates=3), world(tiny, "discrete", 1)

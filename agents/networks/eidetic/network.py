@@ -247,8 +247,8 @@ class EideticNetwork(nn.Module):
             alone = ", or train heads alone with exhausted='head-only'" if self.transfer else ""
             raise CapacityExhausted(
                 f"Task {self.committed} finds no room: {', '.join(f'{n} has {k} free units' for n, k in full.items())}, "
-                f"of {self.least} needed. Make the network wider (more units, or exhausted='widen'), let tasks have "
-                f"smaller shares, or prune with a larger tolerance{alone}."
+                f"of {self.least} needed. Make the network wider, let tasks have smaller shares, or prune with a larger "
+                f"tolerance{alone}."
             )
         for heads in self.all_heads():
             while len(heads) <= self.committed:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clbench.agents.networks import eidetic
-from clbench.agents.networks.eidetic.verify import LEVELS, verify
+from clbench.agents.networks.eidetic.verify import LEVELS, configuration, verify
 from clbench.errors import ConfigError
 
 KINDS = ("mlp", "conv", "conv_last", "residual", "gru", "attention", "embedding")
@@ -267,3 +267,29 @@ def test_an_optimizer_can_be_given_the_new_head() -> None:
     assert {id(p) for p in new} == {id(p) for p in network.out.layers[1].parameters()}
     optimizer.add_param_group({"params": new})
     assert network.new_parameters(optimizer) == []
+
+
+def test_a_machine_that_rounds_differently_is_another_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here by another result of the fixed computation, as another processor or library gives it."""
+    network, x = small(), [torch.zeros(1, 5)]
+    before = configuration(network, x)
+    tanh = torch.tanh
+    monkeypatch.setattr(torch, "tanh", lambda v: tanh(v) * (1 + 2**-23))
+    assert configuration(network, x) != before
+    evidence = verify(network)
+    assert evidence.status["L1"] == "skip" and "0 of 1 tasks have a record" in evidence.details["L1"] and evidence.ok
+
+
+def test_tasks_without_a_record_here_are_no_pass() -> None:
+    """Two tasks, one of them recorded with another number of threads, changed since."""
+    network, threads = small(), torch.get_num_threads()
+    network.begin_task(torch.Generator().manual_seed(3))
+    torch.set_num_threads(3 if threads != 3 else 2)
+    try:
+        network.commit([torch.zeros(4, 5)])
+    finally:
+        torch.set_num_threads(threads)
+    evidence = verify(network)
+    assert evidence.status["L1"] == "skip" and "1 of 2 tasks have a record" in evidence.details["L1"]
+    network.first.weight.store[11] += 1  # of the first task, which can be judged
+    assert verify(network).status["L1"] == "fail"
