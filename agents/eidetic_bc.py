@@ -15,19 +15,20 @@ reveals boundaries only, a router decides (see :mod:`clbench.agents.networks.eid
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Dict, Discrete
 from torch import Tensor, nn
 
-from clbench.agents.networks.eidetic.network import EideticNetwork, Exhausted
+from clbench.agents.networks.eidetic.acting import ActsByTask, RouterName, flat, new_router
+from clbench.agents.networks.eidetic.network import Exhausted
 from clbench.agents.networks.eidetic.policy import EideticPolicy, Norm, prepare
 from clbench.agents.networks.eidetic.pruning import Pruner, Pruning
-from clbench.agents.networks.eidetic.routing import NoveltyRouter, TrainedRouter
 from clbench.agents.networks.eidetic.verify import evaluating
 from clbench.agents.networks.encoders import Parts, Scale
 from clbench.agents.networks.mlp import count_parameters
@@ -40,7 +41,7 @@ EVALUATED = 1024  # rows at most on which quality is measured
 FITTED = 5000  # rows at most that a router sees
 
 
-class EideticBC(Agent):
+class EideticBC(ActsByTask, Agent):
     """(Goal-conditioned) behaviour cloning with zero forgetting.
 
     Raises:
@@ -83,7 +84,7 @@ class EideticBC(Agent):
         held_out: float = 0.1
         transfer: bool = True
         exhausted: Exhausted = "raise"
-        router: Literal["novelty", "trained", "newest"] = "novelty"
+        router: RouterName = "novelty"
         explore_std: float = 1.0
         goals: GoalSampling = field(default_factory=GoalSampling)
         log_every: int = 50
@@ -117,19 +118,12 @@ class EideticBC(Agent):
             transfer=config.transfer, exhausted=config.exhausted,
         ).to(device)  # fmt: skip
         self.network.begin_task(self.rng)  # the first task may be acted in before it is trained
-        self.router = self._new_router()
+        draw = functools.partial(torch.randint, 2**62, (), generator=self.rng, device=device)
+        self._init_tasks(new_router(config.router, self.parts, draw, device))
         self.pruner = Pruner(self.network, config.pruning)
         self.optimizer = self._new_optimizer()
-        self.ids: list[int | None] = []  # task of the network -> id in the stream, where it was revealed
-        self.known: int | None = None  # the task of the network that the stream has come back to
         self.kept: dict[str, Tensor] = {}  # what finish_task needs of the data
         self.updates = self.samples = 0
-        self._alone: dict[int, EideticPolicy] = {}
-
-    @property
-    def eidetic(self) -> Mapping[str, EideticNetwork]:
-        """What `clbench verify` examines."""
-        return {"policy": self.network}
 
     # -- loss -----------------------------------------------------------------------------------------------------------
 
@@ -154,8 +148,7 @@ class EideticBC(Agent):
 
     def start_task(self, task: TaskInfo) -> None:
         """A new task; or one that was finished, whose id the stream reveals: it is kept, and nothing is trained."""
-        self.known = self.ids.index(task.id) if task.id is not None and task.id in self.ids else None
-        if self.known is not None:
+        if self._comes_back(task.id):
             return
         if not self.network.begun:
             self.network.begin_task(self.rng)
@@ -252,7 +245,7 @@ class EideticBC(Agent):
         self.kept = {f"probe{i}": p.clone() for i, p in enumerate(probes)}
         batch = draw(rows, min(FITTED, 4 * len(data)), source)
         if self.router is not None:
-            self.kept["fit"] = _flat(prepare(self.parts, batch.observations))
+            self.kept["fit"] = flat(prepare(self.parts, batch.observations))
             if self.scale is None:
                 self.kept["labels"] = batch.actions.to(torch.int64)
 
@@ -274,15 +267,6 @@ class EideticBC(Agent):
     def _new_optimizer(self) -> torch.optim.AdamW:
         c = self.config
         return torch.optim.AdamW(self.trainables, lr=c.lr, weight_decay=c.weight_decay, fused=True)
-
-    def _new_router(self) -> NoveltyRouter | TrainedRouter | None:
-        if self.config.router == "newest":
-            return None
-        if self.config.router == "novelty":
-            return NoveltyRouter()
-        size = self.parts.flat_size + sum(int(np.prod(s)) for s in self.parts.image_shapes)
-        seed = int(torch.randint(2**62, (), generator=self.rng, device=self.rng.device))
-        return TrainedRouter(size, rng=torch.Generator(self.device).manual_seed(seed))
 
     def _goal_sampling(self, data: OfflineDataset) -> GoalSampling | None:
         """As for ``bc``: none where the policy takes no goal, or the data bring the goals that were pursued."""
@@ -309,31 +293,6 @@ class EideticBC(Agent):
             output[rows] = self._output([x[rows] for x in inputs], k)
         return self._actions(output, rng, explore), memory
 
-    def route(self, inputs: Sequence[Tensor], task: Tensor | None = None) -> Tensor:
-        """Prepared inputs and task ids (B,), where revealed -> task of the network (B,) int64.
-
-        Ids that have not been learned yet get the newest task.
-        """
-        rows, newest = len(inputs[0]), self.network.task
-        chosen = torch.full((rows,), newest, device=self.device)
-        unknown = [k for k, known in enumerate(self.ids) if known is None]
-        if task is not None and not unknown:
-            for k, known in enumerate(self.ids):
-                chosen[task == known] = k
-            return chosen
-        if self.router is not None and len(self.router.tasks) > 0:
-            return self.router.route(_flat(inputs))
-        return chosen
-
-    def _output(self, inputs: Sequence[Tensor], task: int) -> Tensor:
-        """Finished tasks run alone, so that not a bit of theirs depends on what came later."""
-        if task >= self.network.committed:
-            with evaluating(self.network):
-                return self.network(*inputs, task=task)
-        if task not in self._alone:
-            self._alone[task] = self.network.extract(task)
-        return self._alone[task](*inputs, task=task)
-
     def _actions(self, output: Tensor, rng: torch.Generator, explore: bool) -> Tensor:
         if self.scale is None:
             if explore:
@@ -357,9 +316,8 @@ class EideticBC(Agent):
     def state_dict(self) -> dict[str, Any]:
         live = {"network": dict(self.network.state_dict()), "optimizer": self.optimizer.state_dict(), "kept": self.kept}
         return {
-            **copy.deepcopy(live), "rng": self.rng.get_state(), "pruner": self.pruner.state_dict(),
-            "router": None if self.router is None else self.router.state_dict(), "ids": list(self.ids),
-            "known": self.known, "updates": self.updates, "samples": self.samples,
+            **copy.deepcopy(live), **self._tasks_state(), "rng": self.rng.get_state(), "pruner": self.pruner.state_dict(),
+            "updates": self.updates, "samples": self.samples,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -372,11 +330,8 @@ class EideticBC(Agent):
         self.kept = copy.deepcopy(state["kept"])
         self.rng.set_state(state["rng"])
         self.pruner.load_state_dict(state["pruner"])
-        if self.router is not None:
-            self.router.load_state_dict(state["router"])
-        self.ids, self.known = list(state["ids"]), state["known"]
+        self._load_tasks(state)
         self.updates, self.samples = int(state["updates"]), int(state["samples"])
-        self._alone = {}
 
     def _regrouped(self, sizes: Sequence[int]) -> torch.optim.AdamW:
         """The first group has the network with its first head, each other one a later head."""
@@ -396,7 +351,3 @@ class EideticBC(Agent):
     @property
     def num_parameters(self) -> int:
         return count_parameters(self.network)
-
-
-def _flat(inputs: Sequence[Tensor]) -> Tensor:
-    return torch.cat([x.flatten(1).to(torch.float32) for x in inputs], 1)

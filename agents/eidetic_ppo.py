@@ -18,6 +18,7 @@ teacher's, and KL(teacher || policy) is what the smaller network is trained and 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,12 +31,12 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
+from clbench.agents.networks.eidetic.acting import ActsByTask, RouterName, flat, new_router
 from clbench.agents.networks.eidetic.layers import Heads, Linear
 from clbench.agents.networks.eidetic.network import EideticNetwork, Exhausted
 from clbench.agents.networks.eidetic.ownership import Axis, OwnedParameter, Space, owned_parameters
 from clbench.agents.networks.eidetic.policy import EideticPolicy, prepare
 from clbench.agents.networks.eidetic.pruning import Pruner, Pruning
-from clbench.agents.networks.eidetic.routing import NoveltyRouter, TrainedRouter
 from clbench.agents.networks.eidetic.verify import evaluating
 from clbench.agents.networks.encoders import ConvEncoder, Parts, Scale
 from clbench.agents.networks.mlp import MLP
@@ -248,7 +249,7 @@ def as_list(output: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 # -- the agent ------------------------------------------------------------------------------------------------------------
 
 
-class EideticPPO(SB3PPO):
+class EideticPPO(ActsByTask, SB3PPO):
     """PPO with zero forgetting.
 
     Where the stream reveals task ids the right head answers, and what a finished task does is constant, bit for bit. Where
@@ -297,7 +298,7 @@ class EideticPPO(SB3PPO):
         visited: int = 4096
         transfer: bool = True
         exhausted: Exhausted = "raise"
-        router: Literal["novelty", "trained", "newest"] = "novelty"
+        router: RouterName = "novelty"
 
         def __post_init__(self) -> None:
             for name in ("lr", "distil_lr", "distil_updates", "distil_batch", "visited"):
@@ -313,15 +314,14 @@ class EideticPPO(SB3PPO):
         if not isinstance(spaces.action, Box | Discrete):
             raise ConfigError(f"Agent {self.name!r} needs Box or Discrete actions, but got {spaces.action}.")
         super().__init__(spaces, config, device=device, rng=rng)
-        self.router = self._new_router()
-        self.ids: list[int | None] = []  # task of the network -> id in the stream, where it was revealed
-        self.known: int | None = None  # the task of the network that the stream has come back to
+        with self._own_generators():
+            draw = functools.partial(torch.randint, 2**62, ())
+            self._init_tasks(new_router(config.router, self.policy.parts, draw, device))
         self.visited: Any = None  # the latest observations of the task under way, as SB3 has them
         self.pruner: Pruner | None = None  # from the last rollout of a task until it is finished
         self.distiller: torch.optim.Optimizer | None = None
         self.teacher: list[Tensor] = []  # what the trained policy gives for the observations in `visited`
         self.report: dict[str, float] = {}  # of the last rollout, held back until the distillation is over
-        self._alone: dict[int, EideticPolicy] = {}
 
     def _policy(self) -> tuple[Any, dict[str, Any]]:
         c = self.config
@@ -339,18 +339,12 @@ class EideticPPO(SB3PPO):
         """The actor."""
         return self.policy.actor
 
-    @property
-    def eidetic(self) -> Mapping[str, EideticNetwork]:
-        """What `clbench verify` examines."""
-        return {"policy": self.network}
-
     # -- learning -----------------------------------------------------------------------------------------------------
 
     def start_task(self, task: TaskInfo) -> None:
         """A new task; or one that was finished, whose id the stream reveals: it is kept, and nothing is trained."""
         super().start_task(task)
-        self.known = self.ids.index(task.id) if task.id is not None and task.id in self.ids else None
-        if self.known is not None:
+        if self._comes_back(task.id):
             return
         with self._own_generators():
             self.policy.begin_task()
@@ -478,17 +472,6 @@ class EideticPPO(SB3PPO):
         """Nothing of a task's data outlives it but its probes."""
         self.visited, self.pruner, self.distiller, self.teacher, self.report = None, None, None, [], {}
 
-    def _new_router(self) -> NoveltyRouter | TrainedRouter | None:
-        if self.config.router == "newest":
-            return None
-        if self.config.router == "novelty":
-            return NoveltyRouter()
-        parts = self.policy.parts
-        size = parts.flat_size + sum(int(np.prod(s)) for s in parts.image_shapes)
-        with self._own_generators():
-            seed = int(torch.randint(2**62, ()))
-        return TrainedRouter(size, rng=torch.Generator(self.device).manual_seed(seed))
-
     # -- acting -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -500,34 +483,11 @@ class EideticPPO(SB3PPO):
         parts: list[Tensor] = []
         for k in chosen.unique().tolist():
             rows = chosen == k
-            found = self._output([x[rows] for x in inputs], k)
+            found = as_list(self._output([x[rows] for x in inputs], k))
             parts = parts or [y.new_zeros(len(chosen), y.shape[1]) for y in found]
             for whole, y in zip(parts, found, strict=True):
                 whole[rows] = y
         return self._actions(parts, rng, explore), memory
-
-    def route(self, inputs: Sequence[Tensor], task: Tensor | None = None) -> Tensor:
-        """Inputs and task ids (B,), where revealed -> task of the network (B,) int64.
-
-        Ids that have not been learned yet get the newest task.
-        """
-        chosen = torch.full((len(inputs[0]),), self.network.task, device=self.device)
-        if task is not None and None not in self.ids:
-            for k, known in enumerate(self.ids):
-                chosen[task == known] = k
-            return chosen
-        if self.router is not None and len(self.router.tasks) > 0:
-            return self.router.route(flat(inputs))
-        return chosen
-
-    def _output(self, inputs: Sequence[Tensor], task: int) -> list[Tensor]:
-        """Finished tasks run alone, so that not a bit of theirs depends on what came later."""
-        if task >= self.network.committed:
-            with evaluating(self.network):
-                return as_list(self.network(*inputs, task=task))
-        if task not in self._alone:
-            self._alone[task] = self.network.extract(task)
-        return as_list(self._alone[task](*inputs, task=task))
 
     def _actions(self, output: Sequence[Tensor], rng: torch.Generator, explore: bool) -> Tensor:
         """Outputs -> actions as the environment takes them."""
@@ -552,24 +512,21 @@ class EideticPPO(SB3PPO):
         if self.pruner is not None and self.distiller is not None:
             distilling = {"pruner": self.pruner.state_dict(), "optimizer": copy.deepcopy(self.distiller.state_dict())}
         return {
-            **super().state_dict(), "ids": list(self.ids), "known": self.known,
-            "router": None if self.router is None else self.router.state_dict(),
+            **super().state_dict(), **self._tasks_state(),
             "visited": copy.deepcopy(self.visited), "teacher": [y.clone() for y in self.teacher],
             "distilling": distilling, "report": dict(self.report),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.ids, self.known, self.report = list(state["ids"]), state["known"], dict(state["report"])
-        if self.router is not None:
-            self.router.load_state_dict(state["router"])
+        self._load_tasks(state)
+        self.report = dict(state["report"])
         self.visited, self.teacher = copy.deepcopy(state["visited"]), [y.clone() for y in state["teacher"]]
         self.pruner = self.distiller = None
         if state["distilling"] is not None:
             self.pruner, self.distiller = Pruner(self.network, self.config.pruning), self._new_distiller()
             self.pruner.load_state_dict(state["distilling"]["pruner"])
             self.distiller.load_state_dict(copy.deepcopy(state["distilling"]["optimizer"]))
-        self._alone = {}
 
 
 def split(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -577,7 +534,3 @@ def split(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     rows = torch.arange(count, device=device)
     out = rows // max(1, count // 40) % 8 == 7
     return (rows[~out], rows[out]) if bool(out.any()) else (rows, rows)
-
-
-def flat(inputs: Sequence[Tensor]) -> Tensor:
-    return torch.cat([x.flatten(1).to(torch.float32) for x in inputs], 1)
