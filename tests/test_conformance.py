@@ -50,7 +50,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # enough for several updates and for two interruptions in the middle
 OFFLINE = ("gcbc", "gcivl", "gciql", "qrl", "crl", "hiql", "hilp", "hilp-zero-shot")
 SB3 = ("sb3-ppo", "sb3-dqn", "sb3-sac", "sb3-td3")
-BUDGETS = {**dict.fromkeys(("bc", "eidetic-bc", "pldm", "eidetic-pldm", *OFFLINE), 12), **dict.fromkeys((*SB3, "eidetic-ppo"), 192)}
+BUDGETS = {
+    **dict.fromkeys(("bc", "eidetic-bc", "pldm", "eidetic-pldm", *OFFLINE), 12),
+    **dict.fromkeys((*SB3, "eidetic-ppo"), 192),
+}
 
 
 def check(name: str, candidates: Sequence[Fixture]) -> None:
