@@ -314,8 +314,12 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = file.open("a")
-        except FileNotFoundError as error:
-            if wait and self.path.parent.exists():
+        except (
+            FileNotFoundError,
+            FileExistsError,
+        ) as error:  # the second, where it goes while mkdir looks what is there
+            a_file = self.path.exists() and not self.path.is_dir()
+            if wait and self.path.parent.exists() and not a_file:
                 return None
             raise unwritable(self.path, error) from error
         except OSError as error:

@@ -33,7 +33,7 @@ class Coupled(Net):
 
     def forward(self, x: Tensor, task: int) -> Tensor:
         h = self.relu(self.first(x))
-        return self.head(h, task) + h.mean(-1, keepdim=True)
+        return self.head(h, task) + self.first(x).mean(-1, keepdim=True)
 
 
 class Keeper(Agent):

@@ -250,6 +250,28 @@ class TestReferences:
             refused.open()
         waiting.close()
 
+    def test_a_folder_that_goes_while_mkdir_looks_is_made_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """pathlib's mkdir(exist_ok=True) raises where the folder is there at first and gone when it looks what it is."""
+        mkdir, calls = Path.mkdir, []
+
+        def once(self: Path, *arguments: Any, **options: Any) -> None:
+            calls.append(self)
+            if len(calls) == 1:
+                raise FileExistsError(17, "File exists")
+            mkdir(self, *arguments, **options)
+
+        monkeypatch.setattr(Path, "mkdir", once)
+        directory = RunDirectory(tmp_path / "run")
+        directory.open(wait=True)
+        assert (tmp_path / "run" / ".lock").exists() and len(calls) == 2
+        directory.close()
+        (tmp_path / "file").write_text("")
+        calls.clear()
+        with pytest.raises(ConfigError, match="File exists"):
+            RunDirectory(tmp_path / "file").open(wait=True)
+
     def test_a_damaged_reference_is_made_again(self, tmp_path: Path) -> None:
         root = tmp_path / "references"
         first = run(tmp_path / "a", references=True, reference_root=root)

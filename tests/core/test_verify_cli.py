@@ -335,7 +335,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other JSON": (lambda p: (p / "config.json").write_text("[1]"), "does not hold what a run writes there"),
     "other stream": (lambda p: (p / "stream.json").write_text('{"name": 1}'), "does not hold what a run writes there"),
     "no agent": (lambda p: change(p, lambda s: s.pop("agent")), "holds no agent"),
-    "other state": (lambda p: change(p, lambda s: s["agent"]["net"].pop("_extra_state")), "load_state_dict raised"),
+    "other state": (
+        lambda p: change(p, lambda s: s["agent"]["net"].pop("_extra_state")),
+        "not the state of an eidetic",
+    ),
     "other format": (lambda p: change(p, lambda s: s.update(format=99)), "has format 99"),
     "agent gone": (lambda p: change_config(p, lambda r: r["config"].update(agent="gone:Agent")), "no module 'gone'"),
     "other option": (lambda p: change_config(p, lambda r: r["config"]["agent_options"].update(z=1)), "Unknown key 'z'"),
