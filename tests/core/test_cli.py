@@ -218,7 +218,8 @@ def test_kill_at_random_moments_and_resume(tmp_path: Path, capsys: Any) -> None:
 def test_twenty_kills_for_every_registered_agent(tmp_path: Path, capsys: Any, agent: str) -> None:
     doors = ["two-rooms-doors", "--budget", "400"]
     small = ["--stream.episodes", "4", "--agent.planner-options", "samples", "64", "horizon", "8"]
-    special = {"sb3-sac": doors, "sb3-td3": doors, "pldm": ["two-rooms/size-634-v0", "--budget", "400", *small]}
+    planned = ["two-rooms/size-634-v0", "--budget", "400", *small]
+    special = {"sb3-sac": doors, "sb3-td3": doors, "pldm": planned, "eidetic-pldm": planned}
     goals = ["two-rooms/size-634-v0", "--budget", "400", "--stream.episodes", "4", "--agent.batch-size", "16"]
     usual = goals if "goal" in resolve("agents", agent).requires else ["digits-split", "--budget", "600"]
     arguments = ["run", *special.get(agent, usual), "--agent", agent, "--no-tensorboard",
