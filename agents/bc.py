@@ -106,7 +106,7 @@ class BC(Agent):
         ``0.5 |a - mu|^2`` of continuous ones in units of half the range of the action space."""
         output = self.policy(batch.observations)
         if self.scale is None:
-            target = batch.actions.to(torch.int64) - self._start
+            target = batch.actions.to(torch.int64) - first_action(self.spaces.action)
             loss = nn.functional.cross_entropy(output, target)
             return loss, {"loss": loss.detach(), "accuracy": (output.argmax(1) == target).to(torch.float32).mean()}
         error = self.scale(batch.actions) - output
@@ -144,15 +144,7 @@ class BC(Agent):
         return torch.optim.Adam(self.policy.parameters(), lr=self.config.lr, fused=True)
 
     def _goal_sampling(self, data: OfflineDataset) -> GoalSampling | None:
-        """``None`` where the policy takes no goal, or the data set brings the goals that were pursued."""
-        if not self.goal_conditioned or (not data.is_goal and "desired_goal" in data.observations):
-            return None
-        if not data.is_goal:
-            raise DataError(
-                f"Agent 'bc' is goal-conditioned here, but data set {data.name!r} has neither achieved_goal nor "
-                "desired_goal; give its observations one of these keys."
-            )
-        return self.config.goals
+        return goals_for(data, self.config.goals, self.goal_conditioned, "bc")
 
     # -- acting -------------------------------------------------------------------------------------------------------
 
@@ -160,25 +152,9 @@ class BC(Agent):
     def act(self, obs: Any, memory: Any, first: Tensor, *, rng: torch.Generator, task: Tensor | None = None,
             explore: bool = False) -> tuple[Tensor, Any]:  # fmt: skip
         """The most likely action, or with ``explore`` one drawn from the policy."""
-        output = self.policy(obs)
-        if self.scale is None:
-            actions = self._sample_class(output, rng) if explore else output.argmax(1)
-            return actions + self._start, memory
-        if explore:
-            noise = torch.randn(output.shape, generator=rng, device=rng.device).to(output.device)
-            output = output + self.config.explore_std * noise
-        space = self.spaces.action
-        assert isinstance(space, Box)
-        low, high = (torch.as_tensor(np.asarray(b, np.float32), device=self.device) for b in (space.low, space.high))
-        return self.scale.inverse(output).reshape(-1, *space.shape).clamp(low, high), memory
-
-    def _sample_class(self, logits: Tensor, rng: torch.Generator) -> Tensor:
-        probabilities = torch.softmax(logits, 1).to(rng.device)
-        return torch.multinomial(probabilities, 1, generator=rng)[:, 0].to(logits.device)
-
-    @property
-    def _start(self) -> int:
-        return int(self.spaces.action.start) if isinstance(self.spaces.action, Discrete) else 0
+        return to_actions(
+            self.policy(obs), self.spaces.action, rng if explore else None, self.config.explore_std
+        ), memory
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -199,3 +175,45 @@ class BC(Agent):
     @property
     def num_parameters(self) -> int:
         return count_parameters(self.policy)
+
+
+def goals_for(data: OfflineDataset, goals: GoalSampling, conditioned: bool, agent: str) -> GoalSampling | None:
+    """``goals``; None where the policy takes no goal, or the data bring the goals that were pursued.
+
+    Raises:
+        DataError: a goal-conditioned policy, and data without goals.
+    """
+    if not conditioned or (not data.is_goal and "desired_goal" in data.observations):
+        return None
+    if not data.is_goal:
+        raise DataError(
+            f"Agent {agent!r} is goal-conditioned here, but data set {data.name!r} has neither achieved_goal nor "
+            "desired_goal; give its observations one of these keys."
+        )
+    return goals
+
+
+def to_actions(output: Tensor, space: Any, explore: torch.Generator | None, std: float) -> Tensor:
+    """Logits (B, n) -> (B,) int64, or means (B, A) scaled to [-1, 1] -> (B, *shape) within the space.
+
+    Args:
+        output: of the policy.
+        space: of the actions.
+        explore: draw from the policy with this generator, in place of its most likely action.
+        std: standard deviation of continuous actions when exploring, in units of half the range.
+    """
+    if isinstance(space, Discrete):
+        if explore is None:
+            return output.argmax(1) + first_action(space)
+        probabilities = torch.softmax(output, 1).to(explore.device)
+        drawn = torch.multinomial(probabilities, 1, generator=explore)[:, 0]
+        return drawn.to(output.device) + first_action(space)
+    if explore is not None:
+        output = output + std * torch.randn(output.shape, generator=explore, device=explore.device).to(output.device)
+    low, high = (torch.as_tensor(np.asarray(b, np.float32), device=output.device) for b in (space.low, space.high))
+    return Scale(space).to(output.device).inverse(output).reshape(-1, *space.shape).clamp(low, high)
+
+
+def first_action(space: Any) -> int:
+    """The number of the first action of a discrete space, 0 for others."""
+    return int(space.start) if isinstance(space, Discrete) else 0

@@ -25,6 +25,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete
 from torch import Tensor, nn
 
+from clbench.agents.bc import first_action, goals_for, to_actions
 from clbench.agents.networks.eidetic.acting import ActsByTask, RouterName, flat, new_router
 from clbench.agents.networks.eidetic.network import Exhausted
 from clbench.agents.networks.eidetic.policy import EideticPolicy, Norm, prepare
@@ -34,7 +35,7 @@ from clbench.agents.networks.encoders import Parts, Scale
 from clbench.agents.networks.mlp import count_parameters
 from clbench.contracts import Agent, Experience, Spaces, TaskInfo
 from clbench.data.dataset import Batch, GoalSampling, OfflineDataset
-from clbench.errors import ConfigError, ContractError, DataError
+from clbench.errors import ConfigError, ContractError
 
 PROBES = 64  # observations per task that are kept to prove that nothing has changed
 EVALUATED = 1024  # rows at most on which quality is measured
@@ -141,7 +142,9 @@ class EideticBC(ActsByTask, Agent):
     def _losses(self, output: Tensor, actions: Tensor) -> Tensor:
         """(B,): cross-entropy, or half the squared error in units of half the range."""
         if self.scale is None:
-            return nn.functional.cross_entropy(output, actions.to(torch.int64) - self._start, reduction="none")
+            return nn.functional.cross_entropy(
+                output, actions.to(torch.int64) - first_action(self.spaces.action), reduction="none"
+            )
         return 0.5 * (self.scale(actions) - output).square().sum(1)
 
     # -- learning -------------------------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ class EideticBC(ActsByTask, Agent):
             return
         if self.pruner.left != budget:
             self.pruner.begin(budget)
-        goals = self._goal_sampling(data)
+        goals = goals_for(data, self.config.goals, self.goal_conditioned, "eidetic-bc")
         train, held_out = self._split(data)
         everything = torch.arange(len(data), device=data.device)
 
@@ -218,7 +221,7 @@ class EideticBC(ActsByTask, Agent):
             output = self.network(*prepare(self.parts, batch.observations), task=self.network.task)
         own = self._losses(output, batch.actions).mean()
         if self.scale is None:
-            counts = torch.bincount(batch.actions.to(torch.int64) - self._start).double()
+            counts = torch.bincount(batch.actions.to(torch.int64) - first_action(self.spaces.action)).double()
             share = counts[counts > 0] / counts.sum()
             trivial = -(share * share.log()).sum()
         else:
@@ -268,17 +271,6 @@ class EideticBC(ActsByTask, Agent):
         c = self.config
         return torch.optim.AdamW(self.trainables, lr=c.lr, weight_decay=c.weight_decay, fused=True)
 
-    def _goal_sampling(self, data: OfflineDataset) -> GoalSampling | None:
-        """As for ``bc``: none where the policy takes no goal, or the data bring the goals that were pursued."""
-        if not self.goal_conditioned or (not data.is_goal and "desired_goal" in data.observations):
-            return None
-        if not data.is_goal:
-            raise DataError(
-                f"Agent 'eidetic-bc' is goal-conditioned here, but data set {data.name!r} has neither achieved_goal nor "
-                "desired_goal; give its observations one of these keys."
-            )
-        return self.config.goals
-
     # -- acting ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -291,25 +283,7 @@ class EideticBC(ActsByTask, Agent):
         for k in chosen.unique().tolist():
             rows = chosen == k
             output[rows] = self._output([x[rows] for x in inputs], k)
-        return self._actions(output, rng, explore), memory
-
-    def _actions(self, output: Tensor, rng: torch.Generator, explore: bool) -> Tensor:
-        if self.scale is None:
-            if explore:
-                probabilities = torch.softmax(output, 1).to(rng.device)
-                return torch.multinomial(probabilities, 1, generator=rng)[:, 0].to(output.device) + self._start
-            return output.argmax(1) + self._start
-        if explore:
-            noise = torch.randn(output.shape, generator=rng, device=rng.device).to(output.device)
-            output = output + self.config.explore_std * noise
-        space = self.spaces.action
-        assert isinstance(space, Box)
-        low, high = (torch.as_tensor(np.asarray(b, np.float32), device=self.device) for b in (space.low, space.high))
-        return self.scale.inverse(output).reshape(-1, *space.shape).clamp(low, high)
-
-    @property
-    def _start(self) -> int:
-        return int(self.spaces.action.start) if isinstance(self.spaces.action, Discrete) else 0
+        return to_actions(output, self.spaces.action, rng if explore else None, self.config.explore_std), memory
 
     # -- state ----------------------------------------------------------------------------------------------------------
 
