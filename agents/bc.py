@@ -152,9 +152,8 @@ class BC(Agent):
     def act(self, obs: Any, memory: Any, first: Tensor, *, rng: torch.Generator, task: Tensor | None = None,
             explore: bool = False) -> tuple[Tensor, Any]:  # fmt: skip
         """The most likely action, or with ``explore`` one drawn from the policy."""
-        return to_actions(
-            self.policy(obs), self.spaces.action, rng if explore else None, self.config.explore_std
-        ), memory
+        draw, std = rng if explore else None, self.config.explore_std
+        return to_actions(self.policy(obs), self.spaces.action, self.scale, draw, std), memory
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -193,16 +192,17 @@ def goals_for(data: OfflineDataset, goals: GoalSampling, conditioned: bool, agen
     return goals
 
 
-def to_actions(output: Tensor, space: Any, explore: torch.Generator | None, std: float) -> Tensor:
+def to_actions(output: Tensor, space: Any, scale: Scale | None, explore: torch.Generator | None, std: float) -> Tensor:
     """Logits (B, n) -> (B,) int64, or means (B, A) scaled to [-1, 1] -> (B, *shape) within the space.
 
     Args:
         output: of the policy.
         space: of the actions.
+        scale: of a continuous space.
         explore: draw from the policy with this generator, in place of its most likely action.
         std: standard deviation of continuous actions when exploring, in units of half the range.
     """
-    if isinstance(space, Discrete):
+    if scale is None:
         if explore is None:
             return output.argmax(1) + first_action(space)
         probabilities = torch.softmax(output, 1).to(explore.device)
@@ -211,7 +211,7 @@ def to_actions(output: Tensor, space: Any, explore: torch.Generator | None, std:
     if explore is not None:
         output = output + std * torch.randn(output.shape, generator=explore, device=explore.device).to(output.device)
     low, high = (torch.as_tensor(np.asarray(b, np.float32), device=output.device) for b in (space.low, space.high))
-    return Scale(space).to(output.device).inverse(output).reshape(-1, *space.shape).clamp(low, high)
+    return scale.inverse(output).reshape(-1, *space.shape).clamp(low, high)
 
 
 def first_action(space: Any) -> int:

@@ -283,7 +283,8 @@ class EideticBC(ActsByTask, Agent):
         for k in chosen.unique().tolist():
             rows = chosen == k
             output[rows] = self._output([x[rows] for x in inputs], k)
-        return to_actions(output, self.spaces.action, rng if explore else None, self.config.explore_std), memory
+        draw, std = rng if explore else None, self.config.explore_std
+        return to_actions(output, self.spaces.action, self.scale, draw, std), memory
 
     # -- state ----------------------------------------------------------------------------------------------------------
 
