@@ -18,6 +18,7 @@ import pytest
 
 import clbench.bench.envs as bench
 import clbench.bench.rollouts as bench_planners
+import clbench.bench.updates as bench_updates
 import clbench.cli.data as cli_data
 import clbench.experiments as experiments
 from clbench.cli.main import main
@@ -122,6 +123,10 @@ def try_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def pretend(*_: Any, **__: Any) -> None:
         raise Reached
 
+    def stub(function: Any) -> Any:
+        """With the parameters of ``function``, which are the options of its command."""
+        return functools.wraps(function)(lambda *_, **__: pretend())
+
     with monkeypatch.context() as patch:
         patch.setattr(experiments, "run", pretend_run)
         patch.setattr("clbench.testing.run_check", pretend_check)
@@ -129,7 +134,8 @@ def try_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr("clbench.comparison._compare", pretend)
         patch.setattr("clbench.verification.verify_target", pretend)
         patch.setattr(bench, "bench_envs", pretend)
-        patch.setattr(bench_planners, "bench_rollouts", functools.wraps(bench_planners.bench_rollouts)(pretend))
+        patch.setattr(bench_planners, "bench_rollouts", stub(bench_planners.bench_rollouts))
+        patch.setattr(bench_updates, "bench_updates", stub(bench_updates.bench_updates))
         patch.setattr(cli_data, "VERBS", {k: (pretend, *rest) for k, (_, *rest) in cli_data.VERBS.items()})
         try:
             main(arguments)
