@@ -191,7 +191,6 @@ class EideticBC(ActsByTask, Agent):
             batches = [draw(train, 4 * self.config.batch_size, source) for _ in range(4)]
             return [lambda b=b: self.loss(b)[0] for b in batches]
 
-        self.network.train()
         for step in range(1, budget + 1):
             rows = everything if self.pruner.stage == "finish" else train
             info = self.update(draw(rows, self.config.batch_size, rng))

@@ -47,7 +47,7 @@ from clbench.errors import ConfigError, ContractError
 
 PROBES = 64  # observations per task that are kept to prove that nothing has changed
 YIELDS = 50  # of a whole distillation; in between it cannot be interrupted
-HIDDEN_GAIN = math.sqrt(2)  # of orthogonal initial weights, as in SB3: with torch's default PPO learns far more slowly
+HIDDEN_GAIN = math.sqrt(2)  # of orthogonal initial weights, as in SB3
 HEAD_GAIN = 0.01  # a new head starts near zero, as in SB3: whatever features it finds, it explores
 
 
@@ -57,8 +57,8 @@ HEAD_GAIN = 0.01  # a new head starts near zero, as in SB3: whatever features it
 class Numbers(Parts):
     """Observations as :class:`Parts` gives them, but bounded numbers divided by their largest magnitude and not centred.
 
-    One-hot vectors stay sparse. From views of MiniGrid in -1 and 1 PPO learned several times as slowly as from 0 and 1,
-    as each step of Adam then moves every input's weight. Like all of ``Parts`` this depends on the space alone.
+    One-hot vectors stay sparse, so that a step moves the weights of what was seen and no others. Like all of ``Parts`` this
+    depends on the space alone.
     """
 
     def __init__(self, space: Any):

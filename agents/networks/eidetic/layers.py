@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.agents.networks.eidetic.ownership import (
-    FREE,
     INPUT,
     Axis,
     OwnedParameter,
@@ -467,8 +466,7 @@ def _numbers(space: Space, per_unit: Tensor) -> Tensor:
     return per_unit if space.group == 1 else per_unit.repeat_interleave(space.group)
 
 
-EIDETIC = (EideticLayer, OwnedParameter, Space, Heads, Activation)
 __all__ = [
-    "FREE", "Activation", "BatchNorm", "Conv2d", "EideticLayer", "Embedding", "GRUCell", "Heads", "Linear",
+    "Activation", "BatchNorm", "Conv2d", "EideticLayer", "Embedding", "GRUCell", "Heads", "Linear",
     "MultiheadAttention", "PrefixNorm",
 ]  # fmt: skip
