@@ -38,4 +38,15 @@ TABLE: dict[str, tuple[str, str]] = {
 }
 
 # continual methods that compose with any agent (EWC, replay, ...)
-METHODS: dict[str, tuple[str, str]] = {}
+METHODS: dict[str, tuple[str, str]] = {
+    "l2": ("clbench.agents.continual.l2:L2", "L2 anchor: stay near the last task's weights"),
+    "ewc": (
+        "clbench.agents.continual.ewc:EWC",
+        "elastic weight consolidation, Fisher by labels sampled from the model",
+    ),
+    "ewc-exact": ("clbench.agents.continual.ewc:ExactEWC", "elastic weight consolidation, exact Fisher"),
+    "ewc-empirical": ("clbench.agents.continual.ewc:EmpiricalEWC", "elastic weight consolidation, empirical Fisher"),
+    "ewc-online": ("clbench.agents.continual.ewc:OnlineEWC", "elastic weight consolidation, one decaying Fisher"),
+    "er": ("clbench.agents.continual.er:ER", "experience replay from a reservoir"),
+    "er-balanced": ("clbench.agents.continual.er:BalancedER", "experience replay, memory shared among tasks"),
+}

@@ -4,7 +4,8 @@ On observations with a ``desired_goal`` this is goal-conditioned behaviour cloni
 al. 2021, "Learning to Reach Goals via Iterated Supervised Learning"), with goals drawn from the later states of the
 same episode. On Classify tasks (one-step episodes, action = class) it is the plain classifier.
 
-The task id, where a stream reveals it, is ignored: in joint data and in ``act`` alike.
+The task id, where a stream reveals it, is ignored in joint data and in ``act`` alike, unless ``heads`` asks for an output
+layer per task (task-incremental learning).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,24 +21,56 @@ from gymnasium.spaces import Box, Dict, Discrete
 from torch import Tensor, nn
 
 from clbench.agents.networks.encoders import Encoder, Scale
-from clbench.agents.networks.mlp import MLP, count_parameters
+from clbench.agents.networks.mlp import MLP, count_parameters, dense
+from clbench.agents.networks.outputs import Output
 from clbench.contracts import Agent, Experience, Spaces, TaskInfo
 from clbench.data.dataset import Batch, GoalSampling, OfflineDataset
 from clbench.errors import ConfigError, ContractError, DataError
 
 
 class Policy(nn.Module):
-    """Observation -> logits (B, n) of discrete actions, or the mean (B, A), scaled to [-1, 1], of continuous ones."""
+    """Observation -> logits (B, n) of discrete actions, or the mean (B, A), scaled to [-1, 1], of continuous ones.
 
-    def __init__(self, spaces: Spaces, hidden: tuple[int, ...], *, rng: torch.Generator):
+    With several ``heads`` each row goes through the output layer of its task.
+    """
+
+    def __init__(self, spaces: Spaces, hidden: tuple[int, ...], heads: int = 1, *, rng: torch.Generator):
         super().__init__()
         action = spaces.action
         outputs = int(action.n) if isinstance(action, Discrete) else int(np.prod(action.shape or ()))
         self.encoder = Encoder(spaces.observation, rng=rng)
         self.head = MLP((self.encoder.size, *hidden, outputs), rng=rng, final_gain=0.1)
+        width = (self.encoder.size, *hidden)[-1]
+        self.more_heads = nn.ModuleList(dense(width, outputs, rng, 0.1) for _ in range(heads - 1))
 
-    def forward(self, obs: Any) -> Tensor:
-        return self.head(self.encoder(obs))
+    @property
+    def output_layers(self) -> list[nn.Linear]:
+        """One per head."""
+        return [self.head.layers[-1], *self.more_heads]  # type: ignore[list-item]
+
+    def features(self, obs: Any) -> Tensor:
+        """(B, D): what the output layer sees."""
+        return self.head.features(self.encoder(obs))
+
+    def forward(self, obs: Any, task: Tensor | None = None) -> Tensor:
+        return self.outputs(self.features(obs), task)
+
+    def outputs(self, features: Tensor, task: Tensor | None = None) -> Tensor:
+        """Features (B, D) and, with several heads, tasks (B,) -> (B, n). A head without a row gets no gradient."""
+        layers = self.output_layers
+        if len(layers) == 1:
+            return layers[0](features)
+        if task is None:
+            raise ConfigError(
+                f"Agent 'bc' with {len(layers)} heads must be told the task; add --reveals task_id, or leave heads at 1."
+            )
+        result = features.new_empty(len(features), layers[0].out_features)
+        for k in task.unique().tolist():
+            if not 0 <= k < len(layers):
+                raise ConfigError(f"Agent 'bc' has {len(layers)} heads, but there is a task {k}; raise --agent.heads.")
+            rows = task == k
+            result[rows] = layers[k](features[rows])
+        return result
 
 
 class BC(Agent):
@@ -55,7 +88,9 @@ class BC(Agent):
 
         Args:
             hidden: sizes of the hidden layers.
-            lr: learning rate of Adam.
+            heads: output layers; with more than one, each task (whose id the stream must reveal) has its own.
+            optimizer: ``adam`` or plain ``sgd``.
+            lr: learning rate.
             batch_size: transitions per update.
             reset_optimizer: start every task with fresh moments of Adam, as is usual in continual learning.
             explore_std: standard deviation of continuous actions when exploring; 1 is half the range of the space. In the
@@ -65,6 +100,8 @@ class BC(Agent):
         """
 
         hidden: tuple[int, ...] = (256, 256)
+        heads: int = 1
+        optimizer: Literal["adam", "sgd"] = "adam"
         lr: float = 1e-3
         batch_size: int = 64
         reset_optimizer: bool = True
@@ -73,7 +110,7 @@ class BC(Agent):
         log_every: int = 50
 
         def __post_init__(self) -> None:
-            for name in ("lr", "batch_size", "log_every"):
+            for name in ("heads", "lr", "batch_size", "log_every"):
                 if getattr(self, name) <= 0:
                     raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
             if any(width < 1 for width in self.hidden):
@@ -89,10 +126,11 @@ class BC(Agent):
         self.discrete = isinstance(spaces.action, Discrete)
         self.goal_conditioned = isinstance(spaces.observation, Dict) and "desired_goal" in spaces.observation.spaces
         self.scale = Scale(spaces.action).to(device) if isinstance(spaces.action, Box) else None
-        self.policy = Policy(spaces, config.hidden, rng=rng).to(device)
-        self.optimizer = self._new_optimizer()
+        self.policy = Policy(spaces, config.hidden, config.heads, rng=rng).to(device)
+        self.optimizer = self.new_optimizer()
         self.updates = 0
         self.samples = 0
+        self.right = self.asked = 0  # predictions before the update on them, since the last report
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
@@ -104,47 +142,75 @@ class BC(Agent):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of ``-log pi(a | s, g)`` over the batch, up to a constant: cross-entropy of discrete actions, or
         ``0.5 |a - mu|^2`` of continuous ones in units of half the range of the action space."""
-        output = self.policy(batch.observations)
+        return self.loss_of(self.policy(batch.observations, batch.task), batch)
+
+    def loss_of(self, output: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`loss` of given outputs (B, n) of the policy."""
         if self.scale is None:
             target = batch.actions.to(torch.int64) - first_action(self.spaces.action)
             loss = nn.functional.cross_entropy(output, target)
-            return loss, {"loss": loss.detach(), "accuracy": (output.argmax(1) == target).to(torch.float32).mean()}
+            return loss, {"loss": loss.detach(), "correct": (output.detach().argmax(1) == target).to(torch.float32)}
         error = self.scale(batch.actions) - output
         loss = 0.5 * error.square().sum(1).mean()
         return loss, {"loss": loss.detach(), "action_error": error.detach().abs().mean()}
+
+    def outputs(self, batch: Batch) -> tuple[Output]:
+        """The policy's distributions, for continual methods."""
+        return (Output("gaussian" if self.scale else "categorical", self.policy(batch.observations, batch.task)),)
+
+    def features(self, batch: Batch) -> Tensor:
+        """(B, D) before the output layer."""
+        return self.policy.features(batch.observations)
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
     def start_task(self, task: TaskInfo) -> None:
         if self.config.reset_optimizer:
-            self.optimizer = self._new_optimizer()
+            self.optimizer = self.new_optimizer()
 
     def learn(self, experience: Experience, budget: int, *, rng: torch.Generator) -> Iterator[Mapping[str, float]]:
         """``budget`` gradient updates on batches drawn with ``rng``."""
         data = experience.dataset
         if data is None:
             raise ContractError("Agent 'bc' learns from a data set, but the experience of this phase has none.")
-        goals = self._goal_sampling(data)
         for step in range(1, budget + 1):
-            info = self.update(data.sample(self.config.batch_size, rng, goals))
+            info = self.update(self.sample(data, rng))
             report = self.updates % self.config.log_every == 0 or step == budget
-            yield {"step": step, **({k: v.item() for k, v in info.items()} if report else {})}
+            yield {"step": step, **(self._report(info) if report else {})}
+
+    def sample(self, data: OfflineDataset, rng: torch.Generator) -> Batch:
+        """A random batch, with goals where the policy takes them."""
+        goals = goals_for(data, self.config.goals, self.goal_conditioned, "bc")
+        return data.sample(self.config.batch_size, rng, goals)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One step of Adam on ``loss``."""
+        """One step of the optimiser on ``loss``."""
         loss, info = self.loss(batch)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.updates += 1
         self.samples += len(batch.index)
+        if "correct" in info:  # of the batch itself; rows that a method replays come after it
+            correct = info["correct"]
+            self.right += int(correct[: len(batch.index)].sum())
+            self.asked += len(batch.index)
+            info = {**info, "correct": correct.mean()}
         return info
 
-    def _new_optimizer(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self.policy.parameters(), lr=self.config.lr, fused=True)
+    def _report(self, info: Mapping[str, Tensor]) -> dict[str, float]:
+        """To be logged; ``online_accuracy`` is prequential: of all predictions since the last report, each made before the
+        update on it."""
+        report = {("accuracy" if k == "correct" else k): v.item() for k, v in info.items()}
+        if self.asked:
+            report["online_accuracy"] = self.right / self.asked
+        self.right = self.asked = 0
+        return report
 
-    def _goal_sampling(self, data: OfflineDataset) -> GoalSampling | None:
-        return goals_for(data, self.config.goals, self.goal_conditioned, "bc")
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        if self.config.optimizer == "sgd":
+            return torch.optim.SGD(self.policy.parameters(), lr=self.config.lr)
+        return torch.optim.Adam(self.policy.parameters(), lr=self.config.lr, fused=True)
 
     # -- acting -------------------------------------------------------------------------------------------------------
 
@@ -153,19 +219,21 @@ class BC(Agent):
             explore: bool = False) -> tuple[Tensor, Any]:  # fmt: skip
         """The most likely action, or with ``explore`` one drawn from the policy."""
         draw, std = rng if explore else None, self.config.explore_std
-        return to_actions(self.policy(obs), self.spaces.action, self.scale, draw, std), memory
+        return to_actions(self.policy(obs, task), self.spaces.action, self.scale, draw, std), memory
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         live = {"policy": dict(self.policy.state_dict()), "optimizer": self.optimizer.state_dict()}
-        return {**copy.deepcopy(live), "updates": self.updates, "samples": self.samples}
+        counts = {"updates": self.updates, "samples": self.samples, "right": self.right, "asked": self.asked}
+        return {**copy.deepcopy(live), **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
-        self.optimizer = self._new_optimizer()
+        self.optimizer = self.new_optimizer()
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.updates, self.samples = int(state["updates"]), int(state["samples"])
+        self.right, self.asked = int(state["right"]), int(state["asked"])
 
     def costs(self) -> dict[str, int]:
         """Gradient updates and training samples processed so far."""

@@ -51,6 +51,7 @@ class EideticBC(ActsByTask, Agent):
     """
 
     requires = frozenset({"dataset", "boundaries"})
+    refuses_methods = "its layers protect finished tasks themselves"
 
     @dataclass
     class Config:
@@ -122,7 +123,7 @@ class EideticBC(ActsByTask, Agent):
         draw = functools.partial(torch.randint, 2**62, (), generator=self.rng, device=device)
         self._init_tasks(new_router(config.router, self.parts, draw, device))
         self.pruner = Pruner(self.network, config.pruning)
-        self.optimizer = self._new_optimizer()
+        self.optimizer = self.new_optimizer()
         self.kept: dict[str, Tensor] = {}  # what finish_task needs of the data
         self.updates = self.samples = 0
 
@@ -158,13 +159,13 @@ class EideticBC(ActsByTask, Agent):
         self.ids = [*self.ids[: self.network.task], task.id]
         self.pruner.begin(0)
         if self.config.reset_optimizer:
-            self.optimizer = self._new_optimizer()
+            self.optimizer = self.new_optimizer()
         elif new := self.network.new_parameters(self.optimizer):
             head = {id(p) for p in self.network.head.layers[-1].parameters()}
             if all(id(p) in head for p in new):
                 self.optimizer.add_param_group({"params": new})
             else:  # the network was widened, so its parameters are others now
-                self.optimizer = self._new_optimizer()
+                self.optimizer = self.new_optimizer()
 
     def learn(self, experience: Experience, budget: int, *, rng: torch.Generator) -> Iterator[Mapping[str, float]]:
         """``budget`` gradient updates on batches drawn with ``rng``; pruning is part of them."""
@@ -266,7 +267,7 @@ class EideticBC(ActsByTask, Agent):
         seed = {"judge": 1, "importance": 2, "keep": 3}[name]
         return torch.Generator(data.device).manual_seed(1000 * self.network.task + seed)
 
-    def _new_optimizer(self) -> torch.optim.AdamW:
+    def new_optimizer(self) -> torch.optim.AdamW:
         c = self.config
         return torch.optim.AdamW(self.trainables, lr=c.lr, weight_decay=c.weight_decay, fused=True)
 
@@ -296,7 +297,7 @@ class EideticBC(ActsByTask, Agent):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.restore(state["network"])
-        self.optimizer = self._new_optimizer()
+        self.optimizer = self.new_optimizer()
         saved = copy.deepcopy(state["optimizer"])
         if len(saved["param_groups"]) > 1:  # one object for all tasks: a group per task that has begun
             self.optimizer = self._regrouped([len(g["params"]) for g in saved["param_groups"]])
@@ -312,7 +313,7 @@ class EideticBC(ActsByTask, Agent):
         heads = [list(h.parameters()) for h in self.network.head.layers]
         later = {id(p) for head in heads[len(heads) - len(sizes) + 1 :] for p in head}
         groups = [[p for p in self.trainables if id(p) not in later], *heads[len(heads) - len(sizes) + 1 :]]
-        optimizer = self._new_optimizer()
+        optimizer = self.new_optimizer()
         optimizer.param_groups.clear()
         for group in groups:
             optimizer.add_param_group({"params": group, "lr": self.config.lr})

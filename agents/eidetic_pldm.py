@@ -76,6 +76,7 @@ class EideticPLDM(Agent):
     """
 
     requires = frozenset({"dataset", "goal", "continuous", "state", "boundaries"})
+    refuses_methods = "its layers protect finished tasks themselves"
 
     @dataclass
     class Config:
@@ -195,7 +196,7 @@ class EideticPLDM(Agent):
         # a task that keeps one number of the latent would normalise it away
         least = max(config.pruning.least, 2 if config.norm == "own" else 1)
         self.pruner = Pruner(self.network, dataclasses.replace(config.pruning, least=least))
-        self.optimizer = self._new_optimizer()
+        self.optimizer = self.new_optimizer()
         self.ids: list[int | None] = []  # task of the network -> id in the stream, where it was revealed
         self.known: int | None = None  # the task of the network that the stream has come back to
         self.acting: list[dict[str, Any]] = []  # per finished task: how it acts
@@ -271,7 +272,7 @@ class EideticPLDM(Agent):
         self.pruner.begin(0)
         self.before, self.cap = {}, 0.0
         self.inverse_head = self._new_inverse_head()
-        self.optimizer = self._new_optimizer()
+        self.optimizer = self.new_optimizer()
 
     def learn(self, experience: Experience, budget: int, *, rng: torch.Generator) -> Iterator[Mapping[str, float]]:
         """``budget`` gradient updates on windows drawn with ``rng``; pruning is part of them."""
@@ -425,7 +426,7 @@ class EideticPLDM(Agent):
         shape = (network.latent.size + network.parts[1],)
         return new_inverse_head(shape, len(network.command.standardise.mean), hidden=256, rng=self.rng).to(self.device)
 
-    def _new_optimizer(self) -> torch.optim.Adam:
+    def new_optimizer(self) -> torch.optim.Adam:
         return torch.optim.Adam(self.trainables, lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True)
 
     # -- acting ---------------------------------------------------------------------------------------------------------
@@ -571,7 +572,7 @@ class EideticPLDM(Agent):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.restore(state["network"])
         self.inverse_head.load_state_dict(state["inverse_head"])
-        self.optimizer = self._new_optimizer()
+        self.optimizer = self.new_optimizer()
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         for name in ("kept", "acting", "evidence"):
             setattr(self, name, copy.deepcopy(state[name]))

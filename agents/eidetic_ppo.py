@@ -263,6 +263,7 @@ class EideticPPO(ActsByTask, SB3PPO):
 
     name = "eidetic-ppo"
     requires = frozenset({"env", "boundaries"})
+    refuses_methods = "its layers protect finished tasks themselves"
 
     @dataclass
     class Config(SB3PPO.Config):

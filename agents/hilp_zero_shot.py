@@ -355,7 +355,7 @@ class HILPZeroShot(GoalAgent):
         old, new = (tuple(self.networks[name].parameters()) for name in (target, self.targets[target]))
         torch._foreach_lerp_(old, new, tau)
 
-    def _new_optimizer(self) -> torch.optim.Adam:
+    def new_optimizer(self) -> torch.optim.Adam:
         maps = [*self.successor.parameters(), *self.actor.parameters()]
         groups = [
             {"params": maps, "lr": self.config.lr},

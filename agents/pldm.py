@@ -40,6 +40,7 @@ from clbench.agents.jepa.losses import (
 )
 from clbench.agents.jepa.model import Architecture, LatentModel
 from clbench.agents.networks.mlp import count_parameters
+from clbench.agents.networks.outputs import Output
 from clbench.config import build
 from clbench.contracts import Agent, Experience, Objective, Spaces
 from clbench.data.dataset import OfflineDataset, Rendered, map_obs
@@ -218,7 +219,7 @@ class PLDM(Agent):
         self._capped = config.cap_actions and bool((space.low <= 0).all() and (space.high >= 0).all())
         self._controller: tuple[float | None, MPC] | None = None
         self.controller()  # bounds and samples that no plan could be made with are noticed here
-        self.optimizer = self._new_optimizer()
+        self.optimizer = self.new_optimizer()
         self.updates = self.samples = 0
         self.phase = (0, 0)  # updates of the present call of `learn`: done, in all
 
@@ -282,13 +283,11 @@ class PLDM(Agent):
         data = experience.dataset
         if data is None:
             raise ContractError("Agent 'pldm' learns from a data set, but the experience of this phase has none.")
-        starts = data.window_starts(self.config.window)
         done, total = self.phase
         if done == total or done + budget != total:  # not the rest of a phase that was interrupted
             self._begin_phase(data, budget)
         for step in range(1, budget + 1):
-            chosen = starts[torch.randint(len(starts), (self.config.batch_size,), generator=rng, device=data.device)]
-            info = self.update(data.windows(chosen, self.config.window))
+            info = self.update(self.sample(data, rng))
             report: dict[str, float] = {}
             if self.updates % self.config.log_every == 0 or step == budget:
                 report = {k: v.item() for k, v in info.items()}
@@ -296,20 +295,34 @@ class PLDM(Agent):
                 report |= self.diagnose(data)
             yield {"step": step, **report}
 
+    def sample(self, data: OfflineDataset, rng: torch.Generator) -> tuple[Any, Tensor]:
+        """A random batch of windows: observations (B, H + 1, ...) and actions (B, H, A)."""
+        starts = data.window_starts(self.config.window)
+        chosen = starts[torch.randint(len(starts), (self.config.batch_size,), generator=rng, device=data.device)]
+        return data.windows(chosen, self.config.window)
+
+    def outputs(self, batch: tuple[Any, Tensor]) -> tuple[Output, ...]:
+        """What planning rests on, for continual methods: the latents that are predicted from the first observation, and
+        that observation's own latent; (B, n) each."""
+        observations, actions = batch
+        first = self.model.encode_frames(map_obs(lambda v: v[:, :1], observations))[:, 0]
+        predicted = self.model.rollout(first, actions)
+        return tuple(Output("gaussian", v.flatten(1)) for v in (first, predicted))
+
     def _begin_phase(self, data: OfflineDataset, budget: int) -> None:
         """Normalisation comes from the first phase: later ones must not change what earlier weights mean."""
         rows = _spread(len(data), data.device)
         if self.updates == 0:
             self.model.fit_normaliser(data.observation(rows), data.actions[rows])
         self.largest_action = max(self.largest_action, float(data.actions.norm(dim=1).max()))
-        self.optimizer = self._new_optimizer()
+        self.optimizer = self.new_optimizer()
         self.phase = (0, budget)
 
     def update(self, batch: tuple[Any, Tensor]) -> dict[str, Tensor]:
         """One step of Adam on ``loss``."""
         done, total = self.phase
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * schedule(done, total)
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(done, total)
         loss, info = self.loss(batch)
         self.optimizer.zero_grad()
         loss.backward()
@@ -326,7 +339,7 @@ class PLDM(Agent):
         z = self.model.encode_frames(map_obs(lambda v: v[:, None], data.observation(rows)))[:, 0]
         return diagnose(self.model.goal_features(z), _state_of(data, self.model.keys.goal, rows))
 
-    def _new_optimizer(self) -> torch.optim.Adam:
+    def new_optimizer(self) -> torch.optim.Adam:
         return torch.optim.Adam(self.trainables, lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True)
 
     # -- acting ---------------------------------------------------------------------------------------------------------
@@ -380,7 +393,7 @@ class PLDM(Agent):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.inverse_head.load_state_dict(state["inverse_head"])
-        self.optimizer = self._new_optimizer()
+        self.optimizer = self.new_optimizer()
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.updates, self.samples = int(state["updates"]), int(state["samples"])
         done, total = state["phase"]

@@ -12,6 +12,7 @@ import clbench.envs  # noqa: F401 (registers clbench/... with Gymnasium: string 
 from clbench.version import __version__
 
 if TYPE_CHECKING:
+    from clbench.agents.continual.method import Learner, Method
     from clbench.comparison import compare
     from clbench.contracts import (
         Agent,
@@ -32,7 +33,14 @@ if TYPE_CHECKING:
     from clbench.data.registry import load_dataset
     from clbench.envs.make import make_env
     from clbench.experiments import run
-    from clbench.registry import register_agent, register_dataset, register_env, register_planner, register_stream
+    from clbench.registry import (
+        register_agent,
+        register_dataset,
+        register_env,
+        register_method,
+        register_planner,
+        register_stream,
+    )
     from clbench.streams import make_stream
 
 _LAZY = {
@@ -40,7 +48,10 @@ _LAZY = {
         "Agent", "Experience", "Metric", "Objective", "Phase", "Planner", "Spaces", "Stream", "Task", "TaskInfo",
         "TaskList", "VectorEnv", "WorldModel",
     ),
-    "clbench.registry": ("register_agent", "register_dataset", "register_env", "register_planner", "register_stream"),
+    "clbench.registry": (
+        "register_agent", "register_dataset", "register_env", "register_method", "register_planner", "register_stream",
+    ),
+    "clbench.agents.continual.method": ("Learner", "Method"),
     "clbench.data.dataset": ("OfflineDataset",),
     "clbench.data.registry": ("load_dataset",),
     "clbench.envs.make": ("make_env",),
@@ -51,9 +62,10 @@ _LAZY = {
 _WHERE = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
-    "Agent", "Experience", "Metric", "Objective", "OfflineDataset", "Phase", "Planner", "Spaces", "Stream", "Task",
-    "TaskInfo", "TaskList", "VectorEnv", "WorldModel", "load_dataset", "make_env", "make_stream", "register_agent",
-    "__version__", "compare", "register_dataset", "register_env", "register_planner", "register_stream", "run",
+    "Agent", "Experience", "Learner", "Method", "Metric", "Objective", "OfflineDataset", "Phase", "Planner", "Spaces",
+    "Stream", "Task", "TaskInfo", "TaskList", "VectorEnv", "WorldModel", "__version__", "compare", "load_dataset",
+    "make_env", "make_stream", "register_agent", "register_dataset", "register_env", "register_method",
+    "register_planner", "register_stream", "run",
 ]  # fmt: skip
 
 

@@ -50,7 +50,7 @@ from clbench.records import (
     unwritable,
     write_json,
 )
-from clbench.registry import resolve
+from clbench.registry import load_object, resolve
 from clbench.rng import sealed_global_rng
 from clbench.streams.core import joint, make_stream, one_phase_per_task
 
@@ -64,6 +64,7 @@ class RunConfig:
     Args:
         stream: a registered stream, the id of a data set, or ``module:function``.
         agent: a registered agent or ``module:Class``.
+        method: continual methods that the agent is combined with, in order: registered names or ``module:Class``.
         seed: the seed of the run; stream, agent and evaluation derive their own generators from it.
         schedule: which task comes when (``clbench list schedules``).
         protocol: ``sequential`` (the stream), ``independent`` (a fresh agent per task), ``joint`` (all tasks at once).
@@ -81,12 +82,14 @@ class RunConfig:
         checkpoint_seconds: wall time between checkpoints within a phase.
         tensorboard: write TensorBoard event files.
         agent_options: fields of the agent's ``Config``.
+        method_options: for each method, fields of its ``Config``.
         stream_options: options of the stream.
         schedule_options: options of the schedule.
     """
 
     stream: str
     agent: str
+    method: tuple[str, ...] = ()
     seed: int = 0
     schedule: str = "sequential"
     protocol: Protocol = "sequential"
@@ -103,10 +106,13 @@ class RunConfig:
     checkpoint_seconds: float = 20.0
     tensorboard: bool = True
     agent_options: Mapping[str, Any] = field(default_factory=dict)
+    method_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     stream_options: Mapping[str, Any] = field(default_factory=dict)
     schedule_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.method, str):  # as on the command line: "er,ewc"
+            object.__setattr__(self, "method", tuple(n for n in self.method.split(",") if n))
         for name, least in (("seed", 0), ("eval_every", 0), ("eval_envs", 1), ("num_envs", 1), ("threads", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -116,6 +122,11 @@ class RunConfig:
         if not self.checkpoint_seconds >= 0:
             raise ConfigError(f"checkpoint_seconds must be >= 0, got {self.checkpoint_seconds}.")
         check_device(self.device)
+
+    @property
+    def label(self) -> str:
+        """The agent and its methods: ``bc+er+ewc``."""
+        return "+".join((self.agent, *self.method))
 
 
 # settings that change how a run is made but not what comes out; a resumed run may change them
@@ -147,18 +158,27 @@ class Resolved:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Changes with everything that changes the result."""
-        options = ("agent_options", "stream_options", "schedule_options")  # agent_config and stream say it in full
+        options = (
+            "agent_options",
+            "method_options",
+            "stream_options",
+            "schedule_options",
+        )  # agent_config and stream say it in full
         plain = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in (*FREE, *options)}
         if self.config.eval_start:
             del plain["eval_start"]  # runs from before there was this option go on
+        if not self.config.method:
+            del plain["method"]
         agent = [dataclasses.asdict(self.agent_config), self.agent_code]
         return content_hash([plain, agent, self.stream.to_dict(), clbench.__version__, torch.__version__])
 
     @property
     def agent_code(self) -> str:
-        """Changes with the files that define the agent's class and its bases: half a run of old code is no run."""
+        """Changes with the files that define the agent's class, its methods' and their bases: half a run of old code is no
+        run."""
         sources = []
-        for cls in self.agent_class.__mro__:
+        parts = (self.agent_class, *getattr(self.agent_class, "parts", ()))
+        for cls in (c for part in parts for c in part.__mro__):
             if cls is not Agent:
                 with contextlib.suppress(OSError, TypeError):  # defined in a shell, or built in
                     sources.append(Path(inspect.getfile(cls)).read_text())
@@ -170,7 +190,7 @@ class Resolved:
         Raises:
             ConfigError: the stream lacks what the agent requires.
         """
-        check_requirements(self.agent_class, self.config.agent, self.stream, spaces)
+        check_requirements(self.agent_class, self.config.label, self.stream, spaces)
         with blame(self.agent_class.__name__, "__init__"):
             return self.agent_class(spaces, self.agent_config, device=device, rng=rng)
 
@@ -207,7 +227,16 @@ def resolve_run(config: RunConfig, *, agent_class: Any = None, stream: Stream | 
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing:
         raise ContractError(f"Agent {config.agent!r} does not define {', '.join(missing)}; see docs/add_an_agent.md.")
-    agent_config = build(found.Config, config.agent_options, where=f"agent {config.agent!r}")
+    if config.method:
+        found = load_object("clbench.agents.continual.compose:compose")(
+            config.agent if agent_class is None else agent_class, config.method
+        )
+        options = _with_methods(config)
+        agent_config = build(found.Config, options, where=f"agent {config.label!r}")
+    elif config.method_options:
+        raise ConfigError(f"Options of {', '.join(config.method_options)} are given, but no such method.")
+    else:
+        agent_config = build(found.Config, config.agent_options, where=f"agent {config.agent!r}")
 
     def made(unit: Unit) -> Stream:
         return make_stream(
@@ -223,13 +252,18 @@ def resolve_run(config: RunConfig, *, agent_class: Any = None, stream: Stream | 
     return Resolved(config, found, agent_config, arrange(full), unit)
 
 
+def _with_methods(config: RunConfig) -> dict[str, Any]:
+    """The options of an agent that is combined with methods."""
+    return {"agent": config.agent_options, **config.method_options}
+
+
 def default_out(config: RunConfig, root: str | Path = "runs") -> Path:
-    """``runs/STREAM/AGENT[-SCHEDULE][-PROTOCOL]/seed-N``."""
+    """``runs/STREAM/AGENT[+METHOD][-SCHEDULE][-PROTOCOL]/seed-N``."""
 
     def safe(text: str) -> str:
-        return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in text)
+        return "".join(c if c.isalnum() or c in "-_.=+" else "_" for c in text)
 
-    parts = [safe(config.agent)]
+    parts = [safe(config.label)]
     parts += [safe(config.schedule)] if config.schedule != "sequential" else []
     parts += [config.protocol] if config.protocol != "sequential" else []
     return Path(root) / safe(config.stream) / "-".join(parts) / f"seed-{config.seed}"
@@ -255,13 +289,16 @@ def run(
         overwrite: start again in ``out``, deleting what is there.
         progress: makes a context manager that shows progress (the command line's).
         reference_root: folder of cached reference runs (default: ``references`` beside the runs).
-        **settings: fields of :class:`RunConfig`.
+        **settings: fields of :class:`RunConfig`; ``method`` may name classes, too.
 
     Raises:
         ConfigError, DataError, ContractError: bad input, with what to do.
         Interrupted: Ctrl-C; everything done is saved, the same call goes on.
     """
-    config = build(RunConfig, {**settings, "stream": _stream_name(stream), "agent": name_of(agent)}, where="run")
+    given = settings.pop("method", ())
+    listed = given.split(",") if isinstance(given, str) else [given] if isinstance(given, type) else given
+    names = {"stream": _stream_name(stream), "agent": name_of(agent), "method": [name_of(m) for m in listed if m]}
+    config = build(RunConfig, {**settings, **names}, where="run")
     with sealed_global_rng(), cpu_threads(config.threads):
         resolved = resolve_run(
             config,
@@ -370,7 +407,7 @@ def _make_loop(resolved: Resolved, directory: RunDirectory, should_stop: Callabl
     return Loop(
         stream=resolved.stream,
         make_agent=resolved.make_agent,
-        agent_name=config.agent,
+        agent_name=config.label,
         settings=LoopSettings(
             seed=config.seed,
             device=config.device,
@@ -531,9 +568,13 @@ def _stopping() -> Iterator[Callable[[], None]]:
 
 
 def _config_record(resolved: Resolved) -> dict[str, Any]:
+    options, methods = dataclasses.asdict(resolved.agent_config), {}
+    if resolved.config.method:
+        methods = options
+        options = methods.pop("agent")
     return {
         "schema": 1,
-        "config": {**dataclasses.asdict(resolved.config), "agent_options": dataclasses.asdict(resolved.agent_config)},
+        "config": {**dataclasses.asdict(resolved.config), "agent_options": options, "method_options": methods},
         "unit": resolved.unit,
         "reveals": resolved.stream.reveals,
         "tasks": [t.name for t in resolved.stream.tasks],
@@ -583,6 +624,7 @@ def write_results(
         "status": status,
         "stream": config.stream,
         "agent": config.agent,
+        "method": list(config.method),
         "seed": config.seed,
         "schedule": config.schedule,
         "protocol": config.protocol,

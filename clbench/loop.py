@@ -483,7 +483,7 @@ class Loop:
         """New objects for every segment, so that identity reveals nothing. Draws nothing from the agent's generators, as
         a resumed run makes them at other moments."""
         tasks, parts = [self.stream.task(n) for n in phase.tasks], self._load(phase)
-        with_env = "env" in type(self.agent).requires or not parts
+        with_env = "env" in self.agent.requires or not parts
         dataset, env = None, None
         if parts:
             dataset = copy.copy(parts[0]) if len(parts) == 1 else OfflineDataset.concatenate(parts)
@@ -502,7 +502,7 @@ class Loop:
 
     def _load(self, phase: Phase) -> list[OfflineDataset]:
         """The data sets of a phase, one per task; none where the agent learns from an environment alone."""
-        requires, tasks = type(self.agent).requires, [self.stream.task(n) for n in phase.tasks]
+        requires, tasks = self.agent.requires, [self.stream.task(n) for n in phase.tasks]
         with_data = all(t.dataset_id for t in tasks) and ("dataset" in requires or "env" not in requires)
         return [self._dataset(t) for t in tasks] if with_data else []
 
@@ -723,6 +723,11 @@ class Loop:
         counts: Any = getattr(self.agent, "costs", dict)
         return {k: int(v) for k, v in counts().items()}
 
+    def _method_costs(self) -> dict[str, int]:
+        """What continual methods cost beside the agent's own updates, where it is combined with any."""
+        counts: Any = getattr(self.agent, "method_costs", dict)
+        return {k: int(v) for k, v in counts().items()}
+
     def cost(self) -> dict[str, int | None]:
         """Deterministic counts (wall time and memory are measured, and go to timing.json)."""
         own, position = self._own_costs(), self.position
@@ -734,6 +739,7 @@ class Loop:
             "parameters": None if parameters is None else int(parameters),
             "state_bytes": state_bytes(self._agent_state()),
             "evaluation_episodes": self.directory.eval.rows,
+            **self._method_costs(),
         }
 
 

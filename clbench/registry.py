@@ -184,3 +184,8 @@ def register_dataset(name: str, summary: str = "") -> Callable[[Any], Any]:
 def register_planner(name: str, summary: str = "") -> Callable[[Any], Any]:
     """Register a :class:`clbench.contracts.Planner` class."""
     return register("planners", name, summary)
+
+
+def register_method(name: str, summary: str = "") -> Callable[[Any], Any]:
+    """Register a continual method: a subclass of :class:`clbench.Method`."""
+    return register("methods", name, summary)

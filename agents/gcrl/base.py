@@ -21,10 +21,11 @@ from torch.nn import functional
 
 from clbench.agents.gcrl.compiled import compiled_loss
 from clbench.agents.gcrl.graphs import UpdateGraph, recordable
-from clbench.agents.gcrl.networks import SIGN, Distribution, Input, Inputs, action_size
+from clbench.agents.gcrl.networks import SIGN, Categorical, Distribution, Input, Inputs, action_size
 from clbench.agents.gcrl.presets import PRESETS, preset_of
 from clbench.agents.networks.encoders import Scale
 from clbench.agents.networks.mlp import count_parameters
+from clbench.agents.networks.outputs import Output
 from clbench.contracts import Agent, Experience, Spaces, TaskInfo
 from clbench.data.dataset import GoalSampling, OfflineDataset
 from clbench.errors import ConfigError, ContractError, DataError, unknown_name
@@ -203,7 +204,7 @@ class GoalAgent(Agent):
             self.networks[target] = copy.deepcopy(self.networks[source]).requires_grad_(False)
         for name, network in self.networks.items():
             setattr(self, name, network)
-        self.optimizer = self._new_optimizer()
+        self.optimizer = self.new_optimizer()
         self.updates = self.samples = 0
         self._encoded: tuple[OfflineDataset, OfflineDataset] | None = None  # data, and the same as networks take them
 
@@ -229,6 +230,15 @@ class GoalAgent(Agent):
     def policy(self, s: Input, g: Input, achieved: Input, *, rng: torch.Generator, temperature: float) -> Distribution:
         """Actions for states and goals; temperature 0 is greedy on every level."""
 
+    def outputs(self, batch: GoalBatch) -> tuple[Output, ...]:
+        """The policy's distributions (a Gaussian with unit variance), greedy above; for continual methods. Values and
+        representations are not among them."""
+        drawn = torch.Generator(self.device)  # needed by a signature: at temperature 0 nothing is drawn
+        policy = self.policy(batch.s, batch.g_a, batch.achieved, rng=drawn, temperature=0.0)
+        if isinstance(policy, Categorical):
+            return (Output("categorical", policy.logits),)
+        return (Output("gaussian", policy.mean),)
+
     # -- learning ---------------------------------------------------------------------------------------------------
 
     @property
@@ -238,7 +248,7 @@ class GoalAgent(Agent):
 
     def start_task(self, task: TaskInfo) -> None:
         if self.config.reset_optimizer:
-            self.optimizer = self._new_optimizer()
+            self.optimizer = self.new_optimizer()
 
     def learn(self, experience: Experience, budget: int, *, rng: torch.Generator) -> Iterator[Mapping[str, float]]:
         """``budget`` gradient updates on batches drawn with ``rng``; yields after each, or after each graph of them."""
@@ -350,7 +360,7 @@ class GoalAgent(Agent):
             old, new = (tuple(self.networks[name].parameters()) for name in (target, source))
             torch._foreach_lerp_(old, new, self.config.tau)
 
-    def _new_optimizer(self) -> torch.optim.Adam:
+    def new_optimizer(self) -> torch.optim.Adam:
         return torch.optim.Adam(self.trainables, lr=self.config.lr, fused=True)
 
     # -- actions ----------------------------------------------------------------------------------------------------
@@ -398,7 +408,7 @@ class GoalAgent(Agent):
         self.networks.load_state_dict(state["networks"])
         self.inputs.load_state_dict(state["inputs"])
         self._encoded = None
-        self.optimizer = self._new_optimizer()
+        self.optimizer = self.new_optimizer()
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.updates, self.samples = int(state["updates"]), int(state["samples"])
 

@@ -66,8 +66,15 @@ class MLP(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(n, eps=1e-6) if layer_norm else nn.Identity() for n in activated)
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, layer in enumerate(self.layers):
-            x = layer(x)
+        return self._through(x, len(self.layers))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer sees: (..., sizes[0]) -> (..., sizes[-2])."""
+        return self._through(x, len(self.layers) - 1)
+
+    def _through(self, x: Tensor, count: int) -> Tensor:
+        for i in range(count):
+            x = self.layers[i](x)
             if i < len(self.norms):
                 x = self.norms[i](self.activation(x))
         return x

@@ -112,7 +112,12 @@ def _run(arguments: Arguments) -> int:
             f"Say which agent to run: clbench run {arguments[0]} --agent AGENT. `clbench list agents` names them."
         )
     parsed = _parse(
-        _run_arguments(arguments[0], agent, _value_of("--schedule", arguments) or "sequential"),
+        _run_arguments(
+            arguments[0],
+            agent,
+            _value_of("--schedule", arguments) or "sequential",
+            _names(_value_of("--method", arguments)),
+        ),
         arguments,
         "clbench run",
         "Train and evaluate one agent on one stream. Giving the same command again goes on with an interrupted run.",
@@ -122,6 +127,11 @@ def _run(arguments: Arguments) -> int:
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)}
     for group in ("agent_options", "stream_options", "schedule_options"):
         values[group] = {f.name: getattr(values[group], f.name) for f in dataclasses.fields(values[group])}
+    methods = values["method_options"]
+    values["method_options"] = {
+        f.name: {g.name: getattr(getattr(methods, f.name), g.name) for g in dataclasses.fields(f.type)}  # type: ignore[arg-type]
+        for f in dataclasses.fields(methods)
+    }
     result = run(**values, out=parsed.out, overwrite=parsed.overwrite, progress=_progress)
     _print_result(result)
     if parsed.report:
@@ -145,8 +155,12 @@ def _value_of(option: str, arguments: Arguments) -> str | None:
     return None
 
 
-def _run_arguments(stream: str, agent: str, schedule: str) -> type:
-    """A dataclass with the fields of RunConfig, the options of the three plug-ins, and where to write."""
+def _names(text: str | None) -> list[str]:
+    return [name for name in (text or "").split(",") if name]
+
+
+def _run_arguments(stream: str, agent: str, schedule: str, methods: Sequence[str] = ()) -> type:
+    """A dataclass with the fields of RunConfig, the options of the plug-ins, and where to write."""
     import tyro
 
     from clbench.config import options_of
@@ -162,8 +176,17 @@ def _run_arguments(stream: str, agent: str, schedule: str) -> type:
     if not dataclasses.is_dataclass(agent_class.Config):
         raise ContractError(f"Agent {agent!r}: its Config is not a dataclass; decorate it with @dataclass.")
     none = dataclasses.make_dataclass("no_options", [])
+    of_methods: type = none
+    if methods:
+        from clbench.agents.continual.compose import compose, field_name
+
+        composed = compose(agent, methods)
+        kinds = {f.name: f.type for f in dataclasses.fields(composed.Config)}  # type: ignore[arg-type]
+        names = [field_name(m) for m in methods]
+        of_methods = dataclasses.make_dataclass("method_options", [(name, kinds[name]) for name in names])
     groups = {
         "agent_options": ("agent", agent_class.Config),
+        "method_options": ("method", of_methods),
         "stream_options": ("stream", none if isinstance(factory, Stream) else options_of(factory)),
         "schedule_options": ("schedule", options_of(resolve("schedules", schedule), ("num_tasks", "budget", "rng"))),
     }
@@ -174,6 +197,9 @@ def _run_arguments(stream: str, agent: str, schedule: str) -> type:
             name, kind = groups[f.name]
             # no default: an instance would have filled in what its other options decide about, such as a preset
             fields.append((f.name, Annotated[kind, tyro.conf.arg(name=name)]))
+        elif f.name == "method":
+            kind = Annotated[str, tyro.conf.arg(help=helps[f.name] + " Several: er,ewc")]
+            fields.append((f.name, kind, dataclasses.field(default="")))
         elif f.name == "stream":
             fields.append((f.name, Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=helps[f.name])]))
         else:
@@ -220,7 +246,7 @@ def _progress(resolved: Any) -> Iterator[Callable[..., None] | None]:
                TextColumn("{task.fields[scores]}"))  # fmt: skip
     config = resolved.config
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{config.stream} · {config.agent} · seed {config.seed}", total=total, scores="")
+        task = bar.add_task(f"{config.stream} · {config.label} · seed {config.seed}", total=total, scores="")
 
         def show(position: Any, metrics: Any, scores: Any) -> None:
             mean = f"mean score {sum(scores.values()) / len(scores):.2f}" if scores else ""
@@ -231,7 +257,8 @@ def _progress(resolved: Any) -> Iterator[Callable[..., None] | None]:
 
 def _print_result(result: Any) -> None:
     results = result.results
-    print(f"{results['stream']} · {results['agent']} · seed {results['seed']} · {results['status']} · {result.path}")
+    agent = "+".join([results["agent"], *results.get("method", [])])
+    print(f"{results['stream']} · {agent} · seed {results['seed']} · {results['status']} · {result.path}")
     for name, value in results["metrics"].items():
         if isinstance(value, int | float):
             print(f"  {name:<24} {value: .4f}")

@@ -152,13 +152,13 @@ def targets_stand_still(m: pytest.MonkeyPatch) -> None:
 @mistake(QRL_CASE)
 def weight_decay(m: pytest.MonkeyPatch) -> None:
     m.setattr(
-        GoalAgent, "_new_optimizer", lambda self: torch.optim.AdamW(self.trainables, self.config.lr, weight_decay=0.1)
+        GoalAgent, "new_optimizer", lambda self: torch.optim.AdamW(self.trainables, self.config.lr, weight_decay=0.1)
     )
 
 
 @mistake("gcbc_default")
 def another_eps_of_adam(m: pytest.MonkeyPatch) -> None:
-    m.setattr(GoalAgent, "_new_optimizer", lambda self: torch.optim.Adam(self.trainables, self.config.lr, eps=1e-5))
+    m.setattr(GoalAgent, "new_optimizer", lambda self: torch.optim.Adam(self.trainables, self.config.lr, eps=1e-5))
 
 
 def value_loss_with(*, smallest_in_residual: bool = False, own_weight: bool = False,

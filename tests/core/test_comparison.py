@@ -284,7 +284,7 @@ def fingerprint(arguments: list[str]) -> str:
 
     parsed: Any = tyro.cli(_run_arguments(arguments[0], arguments[2], "sequential"), args=arguments)
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)}
-    for group in ("agent_options", "stream_options", "schedule_options"):
+    for group in ("agent_options", "method_options", "stream_options", "schedule_options"):
         values[group] = dict(vars(values[group]))
     return resolve_run(RunConfig(**values)).fingerprint
 
