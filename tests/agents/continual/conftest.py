@@ -94,7 +94,7 @@ class Toy(Agent):
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            yield {"step": step, "loss": float(loss)}
+            yield {"step": step, "loss": loss.item()}
 
     @torch.no_grad()
     def act(self, obs: Any, memory: Any, first: Tensor, *, rng: torch.Generator, task: Tensor | None = None,
@@ -127,7 +127,7 @@ class Several(Toy):
                     p.grad = None
                 loss.backward()
                 optimizer.step()
-            yield {"step": step, "loss": float(loss)}
+            yield {"step": step, "loss": loss.item()}
 
 
 class Hidden(Toy):
@@ -142,7 +142,7 @@ class Hidden(Toy):
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            yield {"step": step, "loss": float(loss)}
+            yield {"step": step, "loss": loss.item()}
 
 
 def data(task: int, rows: int = 64, *, spaces: Spaces = CLASSIFY) -> OfflineDataset:
@@ -159,7 +159,7 @@ def data(task: int, rows: int = 64, *, spaces: Spaces = CLASSIFY) -> OfflineData
 def composed(
     base: str | type[Agent], methods: Sequence[Any], *, spaces: Spaces = CLASSIFY, seed: int = 0, **options: Any
 ) -> Composed:
-    """The agent ``base`` with ``methods``, on the CPU; ``options`` are fields of its ``Config``: ``agent`` and one per method."""
+    """``base`` with ``methods``, on the CPU; ``options`` are fields of the ``Config``: ``agent`` and one per method."""
     cls = compose(base, methods)
     return cls(spaces, build(cls.Config, options, "agent"), device=CPU, rng=generator(seed))  # type: ignore[return-value]
 
