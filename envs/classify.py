@@ -40,19 +40,23 @@ class Examples:
         classes: tuple[int, ...] | None,
         label_permutation: int | None,
         image: bool,
+        relabel: bool,
         device: torch.device,
     ):
         data = load_source(source)
-        self.num_classes = data.num_classes
         self.table = _table(source, float(rotation), str(device))
         self.shape = (1, *data.x.shape[1:]) if image else (data.x[0].numel(),)
         if image and data.x.ndim != 3:
             raise ConfigError(f"Classify: image=True needs examples (H, W), but {source!r} has vectors.")
         self.low, self.high = min(0.0, float(data.x.min())), max(1.0, float(data.x.max()))
         self.pixels = _permutation("permutation", permutation, self.table.shape[1], device)
-        labels = _permutation("label_permutation", label_permutation, self.num_classes, device)
-        self.labels = data.y.to(device) if labels is None else labels[data.y.to(device)]
         self.rows = _pool(data, source, split, classes).to(device)
+        numbers = _numbers(data.num_classes, classes, relabel)
+        self.num_classes = int(numbers.max()) + 1
+        labels = _permutation("label_permutation", label_permutation, self.num_classes, device)
+        self.labels = numbers[data.y].to(device)
+        if labels is not None:
+            self.labels = torch.where(self.labels < 0, -1, labels[self.labels])
 
     def observe(self, rows: Tensor) -> Tensor:
         """Observations (B, D) or (B, 1, H, W) float32 of source rows (B,)."""
@@ -66,7 +70,7 @@ class ClassifyVectorEnv(gymnasium.vector.VectorEnv):
     | | |
     |---|---|
     | observation | ``(B, D)`` float32; with ``image=True`` ``(B, 1, H, W)`` |
-    | action | ``(B,)`` int64, one of all classes of the source |
+    | action | ``(B,)`` int64, one of all classes of the source; with ``relabel``, one of ``classes``, by its position |
     | episode | one step, always ``terminated`` |
     | which example | drawn uniformly from ``split`` (and ``classes``) by the episode's seed |
     | reset option ``index`` (B,) | the example's row number in the source, whatever ``split`` and ``classes`` say |
@@ -82,6 +86,8 @@ class ClassifyVectorEnv(gymnasium.vector.VectorEnv):
         classes: draw only examples of these classes (numbered before ``label_permutation``); the actions stay all.
         label_permutation: seed of a fixed permutation of the labels.
         image: channel-first pictures instead of flat vectors.
+        relabel: number the classes by their position in ``classes``, and offer no other action. No action is right for an
+            example of another class (reset option ``index``).
     """
 
     def __init__(
@@ -96,11 +102,13 @@ class ClassifyVectorEnv(gymnasium.vector.VectorEnv):
         classes: tuple[int, ...] | None = None,
         label_permutation: int | None = None,
         image: bool = False,
+        relabel: bool = False,
     ):
         self.device = check_batch(num_envs, device, autoreset)
         self.num_envs, self.autoreset, self.max_episode_steps = num_envs, autoreset, 1
-        self.examples = Examples(source, split, permutation, rotation, classes, label_permutation, image, self.device)
-        ex = self.examples
+        self.examples = ex = Examples(
+            source, split, permutation, rotation, classes, label_permutation, image, relabel, self.device
+        )
         self.single_observation_space = spaces.Box(ex.low, ex.high, ex.shape, np.float32)
         self.single_action_space = spaces.Discrete(ex.num_classes)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -195,10 +203,11 @@ class ClassifyEnv(gymnasium.Env):
         classes: tuple[int, ...] | None = None,
         label_permutation: int | None = None,
         image: bool = False,
+        relabel: bool = False,
         render_mode: str | None = None,
     ):
         self._batch = ClassifyVectorEnv(
-            1, "cpu", "disabled", source, split, permutation, rotation, classes, label_permutation, image
+            1, "cpu", "disabled", source, split, permutation, rotation, classes, label_permutation, image, relabel
         )
         self.observation_space = self._batch.single_observation_space
         self.action_space = self._batch.single_action_space
@@ -230,10 +239,11 @@ def classify_dataset(
     classes: tuple[int, ...] | None = None,
     label_permutation: int | None = None,
     image: bool = False,
+    relabel: bool = False,
 ) -> OfflineDataset:
     """Labelled examples as one-step episodes whose actions are the labels; options of :class:`ClassifyVectorEnv`."""
     cpu = torch.device("cpu")
-    examples = Examples(source, split, permutation, rotation, classes, label_permutation, image, cpu)
+    examples = Examples(source, split, permutation, rotation, classes, label_permutation, image, relabel, cpu)
     rows = examples.rows
     return OfflineDataset(
         examples.observe(rows), examples.labels[rows], torch.ones(len(rows), dtype=torch.int64), name="classify"
@@ -264,6 +274,19 @@ def _permutation(name: str, seed: int | None, n: int, device: torch.device) -> T
         raise ConfigError(f"Classify: {name} must be a seed >= 0, got {seed!r}.")
     stream = hash_seeds(torch.tensor([seed]), len(name))  # pixels and labels use different numbers
     return hash_uniform(stream, 0, n)[0].argsort(stable=True).to(device)
+
+
+def _numbers(num_classes: int, classes: tuple[int, ...] | None, relabel: bool) -> Tensor:
+    """(num_classes,) int64: the number of each class; -1 for classes that have none."""
+    if not relabel:
+        return torch.arange(num_classes)
+    if classes is None or len(set(classes)) != len(classes):
+        raise ConfigError(
+            f"Classify: relabel=True numbers the given classes; list different ones, got classes={classes!r}."
+        )
+    numbers = torch.full((num_classes,), -1)
+    numbers[list(classes)] = torch.arange(len(classes))
+    return numbers
 
 
 def _pool(data: Labelled, source: str, split: str, classes: tuple[int, ...] | None) -> Tensor:

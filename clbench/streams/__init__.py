@@ -16,8 +16,19 @@ TABLE: dict[str, tuple[str, str]] = {
     ),
     "maze-layouts": ("clbench.streams.maze_layouts:maze_layouts", "PointMaze, 5 layouts (up to 40) as tasks"),
     "digits-permuted": ("clbench.streams.digits:digits_permuted", "digits under fixed pixel permutations, 10 tasks"),
-    "digits-split": ("clbench.streams.digits:digits_split", "digits, two classes at a time, 5 tasks"),
+    "digits-split": (
+        "clbench.streams.digits:digits_split",
+        "digits, two classes at a time, 5 tasks; class-, domain- or task-incremental",
+    ),
     "digits-rotated": ("clbench.streams.digits:digits_rotated", "digits rotated by fixed angles, 5 tasks"),
+    "digits-online-inputs": (
+        "clbench.streams.digits:digits_online_inputs",
+        "online: 200 short tasks, each with a pixel permutation of its own",
+    ),
+    "digits-online-labels": (
+        "clbench.streams.digits:digits_online_labels",
+        "online: 200 short tasks, each with a label permutation of its own",
+    ),
     "minigrid-5": ("clbench.streams.minigrid:minigrid_5", "five MiniGrid rooms that share the action space"),
 }
 

@@ -150,7 +150,13 @@ def test_label_permutation_renames_classes_one_to_one():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"permutation": 3, "rotation": 30.0, "classes": (1, 2), "label_permutation": 5}, {"image": True}]
+    "options",
+    [
+        {},
+        {"permutation": 3, "rotation": 30.0, "classes": (1, 2), "label_permutation": 5},
+        {"image": True},
+        {"classes": (4, 1), "relabel": True},
+    ],
 )
 def test_environment_and_data_set_show_the_same(options):
     """What the data set calls right is what the environment rewards, on the same observations."""
@@ -253,3 +259,37 @@ def test_vectors_have_no_pictures(tmp_path):
 def test_unknown_option_of_the_data_set():
     with pytest.raises(UnknownNameError, match="Did you mean 'permutation'"):
         clbench.load_dataset("classify?permutaton=1")
+
+
+# -- labels within a task -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [(2, 3), (7, 0, 4)])
+def test_relabel_numbers_classes_by_their_position(classes):
+    data, env = classify_dataset(classes=classes, relabel=True), ClassifyVectorEnv(classes=classes, relabel=True)
+    assert env.single_action_space == gymnasium.spaces.Discrete(len(classes))
+    plain = classify_dataset(classes=classes)
+    assert torch.equal(torch.tensor(classes)[data.actions], plain.actions)
+    assert torch.equal(data.observations, plain.observations)
+    assert not torch.equal(data.actions, plain.actions)  # the option does something
+
+
+def test_relabelled_classes_may_be_permuted():
+    options = {"classes": (2, 5, 9), "relabel": True}
+    plain, renamed = classify_dataset(**options), classify_dataset(**options, label_permutation=4)
+    pairs = set(zip(plain.actions.tolist(), renamed.actions.tolist()))
+    assert len(pairs) == 3 and {b for _, b in pairs} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("extra", [{}, {"label_permutation": 4}])
+def test_no_action_is_right_for_an_example_of_another_class(extra):
+    other = int((DIGITS.y == 0).nonzero()[0])
+    env = ClassifyVectorEnv(2, classes=(2, 3), relabel=True, **extra)
+    env.reset(options={"index": [other, other]})
+    assert not env.step(torch.tensor([0, 1]))[4]["is_success"].any()
+
+
+@pytest.mark.parametrize("classes", [None, (1, 1)])
+def test_relabel_needs_different_classes(classes):
+    with pytest.raises(ConfigError, match="relabel=True numbers the given classes; list different ones"):
+        ClassifyVectorEnv(classes=classes, relabel=True)
