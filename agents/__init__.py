@@ -47,6 +47,9 @@ METHODS: dict[str, tuple[str, str]] = {
     "ewc-exact": ("clbench.agents.continual.ewc:ExactEWC", "elastic weight consolidation, exact Fisher"),
     "ewc-empirical": ("clbench.agents.continual.ewc:EmpiricalEWC", "elastic weight consolidation, empirical Fisher"),
     "ewc-online": ("clbench.agents.continual.ewc:OnlineEWC", "elastic weight consolidation, one decaying Fisher"),
+    "si": ("clbench.agents.continual.si:SI", "synaptic intelligence: importance from the path of training"),
+    "mas": ("clbench.agents.continual.mas:MAS", "memory aware synapses: importance from the outputs' sensitivity"),
+    "packnet": ("clbench.agents.continual.packnet:PackNet", "each task gets some of the weights, frozen for good"),
     "er": ("clbench.agents.continual.er:ER", "experience replay from a reservoir"),
     "er-balanced": ("clbench.agents.continual.er:BalancedER", "experience replay, memory shared among tasks"),
 }
