@@ -61,8 +61,9 @@ class Composed(Agent):
             self.agent.loss = self._loss  # type: ignore[attr-defined]
         if self._optimizing() is not None:
             self.agent.new_optimizer = self._new_optimizer  # type: ignore[attr-defined]
-            self.agent.optimizer = self._new_optimizer()  # type: ignore[attr-defined]
-        self._attach()
+        self._rebuilt()
+        if hasattr(self.agent, "attach"):
+            self.agent.attach(self._rebuilt)  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:
         """What the agent alone has (its model, its planner) is found here too."""
@@ -91,6 +92,12 @@ class Composed(Agent):
                 optimizer.register_step_pre_hook(self._before_step)
                 optimizer.register_step_post_hook(self._after_step)
                 optimizer.clbench_hooked = True  # type: ignore[attr-defined]
+
+    def _rebuilt(self) -> None:
+        """The agent's parameters and optimisers are new objects."""
+        if self._optimizing() is not None:
+            self.agent.optimizer = self._new_optimizer()  # type: ignore[attr-defined]
+        self._attach()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         params = _params(optimizer)
@@ -321,6 +328,5 @@ def check_pair(agent_class: type[Agent], agent: str, method_class: type[Method],
             raise ConfigError(f"Method {method!r} requires {need!r}, which is not one of {sorted(NEEDS)}.")
         if need in OF_THE_AGENT and not hasattr(agent_class, OF_THE_AGENT[need][0]):
             attribute, words = OF_THE_AGENT[need]
-            raise ConfigError(
-                f"Method {method!r} needs {words}, which agent {agent!r} does not offer (it has no {attribute})."
-            )
+            why = (need == "loss" and getattr(agent_class, "hides_loss", "")) or f"it has no {attribute}"
+            raise ConfigError(f"Method {method!r} needs {words}, which agent {agent!r} does not offer: {why}.")

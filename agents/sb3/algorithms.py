@@ -15,10 +15,14 @@ import torch
 from stable_baselines3 import DQN, PPO, SAC, TD3
 from stable_baselines3.common.noise import NormalActionNoise
 
-from clbench.agents.sb3.base import OffPolicyAgent, SB3Agent, WaitForEpisode
+from clbench.agents.continual.batches import rows, take, zip_map
+from clbench.agents.networks.outputs import Output
+from clbench.agents.sb3.base import ActorCritic, OffPolicyAgent, OneOptimizer, Steps, WaitForEpisode
+from clbench.contracts import Spaces
+from clbench.errors import ContractError
 
 
-class SB3PPO(SB3Agent):
+class SB3PPO(OneOptimizer):
     """PPO (Schulman et al. 2017), with SB3's defaults."""
 
     name = "sb3-ppo"
@@ -45,6 +49,10 @@ class SB3PPO(SB3Agent):
         max_grad_norm: float = 0.5
         hidden: tuple[int, ...] | None = None
 
+    def __init__(self, spaces: Spaces, config: Any, *, device: torch.device, rng: torch.Generator):
+        super().__init__(spaces, config, device=device, rng=rng)
+        self._rollout: Steps | None = None  # the last one, where continual methods are attached
+
     def _arguments(self) -> dict[str, Any]:
         c: SB3PPO.Config = self.config
         return {
@@ -66,6 +74,51 @@ class SB3PPO(SB3Agent):
         self.updates += steps // rollout * self.config.n_epochs * batches
         self.samples += steps * self.config.n_epochs
 
+    # -- for continual methods ------------------------------------------------------------------------------------------
+
+    def outputs(self, batch: Steps) -> tuple[Output, ...]:
+        """The distribution over actions, logits (B, n) or means (B, A), and the value (B, 1).
+
+        The spread of continuous actions is no part of it, so that no method holds it.
+        """
+        policy = self.model.policy
+        found = policy.get_distribution(batch.observations).distribution
+        if isinstance(found, torch.distributions.Categorical):
+            actions = Output("categorical", found.logits)
+        else:
+            actions = Output("gaussian", found.mean)
+        return actions, Output("gaussian", policy.predict_values(batch.observations))
+
+    def _remember(self) -> None:
+        """The last rollout. SB3 has its rows in one axis by now, one environment after the other."""
+        buffer = self.model.rollout_buffer
+
+        def own(array: np.ndarray, space: Any) -> torch.Tensor:
+            kept = np.array(array, np.uint8 if space.dtype == np.uint8 else array.dtype)  # SB3 has images as floats
+            return torch.from_numpy(kept).to(self.device)
+
+        seen, space = buffer.observations, self.model.observation_space
+        observations = {k: own(v, space[k]) for k, v in seen.items()} if isinstance(seen, dict) else own(seen, space)
+        self._rollout = Steps(observations, own(buffer.actions, self.model.action_space))
+
+    def sample(self, data: None, rng: torch.Generator) -> Steps:
+        """``batch_size`` random steps of the last rollout."""
+        if self._rollout is None:
+            raise ContractError(f"Agent {self.name!r} has made no rollout yet, so there is nothing to sample.")
+        size, high = (self.config.batch_size,), rows(self._rollout)
+        return take(self._rollout, torch.randint(high, size, generator=rng, device=rng.device).to(self.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        rollout = {}
+        if self._rollout is not None:
+            rollout = {"rollout": zip_map(torch.clone, self._rollout)._asdict()}
+        return {**super().state_dict(), **rollout}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        saved = state.get("rollout")
+        self._rollout = None if saved is None else zip_map(lambda t: t.clone().to(self.device), Steps(**saved))
+
 
 class StepDQN(WaitForEpisode, DQN):
     """DQN whose epsilon falls linearly with the environment steps taken so far, not with the progress of one ``learn``."""
@@ -83,7 +136,7 @@ class StepDQN(WaitForEpisode, DQN):
         return self.exploration_initial_eps + fraction * (self.exploration_final_eps - self.exploration_initial_eps)
 
 
-class SB3DQN(OffPolicyAgent):
+class SB3DQN(OffPolicyAgent, OneOptimizer):
     """DQN (Mnih et al. 2015), with SB3's defaults but a smaller replay buffer."""
 
     name = "sb3-dqn"
@@ -131,6 +184,10 @@ class SB3DQN(OffPolicyAgent):
             "max_grad_norm": c.max_grad_norm,
         }  # fmt: skip
 
+    def outputs(self, batch: Steps) -> tuple[Output, ...]:
+        """The values of all actions (B, n)."""
+        return (Output("gaussian", self.model.q_net(batch.observations)),)
+
     def _explore(self, obs: Any, rng: torch.Generator) -> np.ndarray:
         """Epsilon-greedy, a coin per row."""
         greedy = self._greedy(obs)
@@ -143,7 +200,7 @@ class WaitingSAC(WaitForEpisode, SAC):
     """SAC that waits for the first finished episode where it relabels goals."""
 
 
-class SB3SAC(OffPolicyAgent):
+class SB3SAC(OffPolicyAgent, ActorCritic):
     """SAC (Haarnoja et al. 2018), with SB3's defaults but a smaller replay buffer."""
 
     name = "sb3-sac"
@@ -167,12 +224,15 @@ class SB3SAC(OffPolicyAgent):
         n_sampled_goal: int = 4
         buffer: Literal["keep", "clear"] = "keep"
 
+    def _action(self, observations: Any) -> torch.Tensor:
+        return self.model.actor(observations, deterministic=True)
+
 
 class WaitingTD3(WaitForEpisode, TD3):
     """TD3 that waits for the first finished episode where it relabels goals."""
 
 
-class SB3TD3(OffPolicyAgent):
+class SB3TD3(OffPolicyAgent, ActorCritic):
     """TD3 (Fujimoto et al. 2018), with SB3's defaults but a smaller replay buffer and the paper's exploration noise."""
 
     name = "sb3-td3"

@@ -6,8 +6,8 @@ import contextlib
 import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -23,6 +23,7 @@ from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
+from clbench.agents.networks.outputs import Output
 from clbench.agents.sb3.bridge import Bridge, compute_reward, to_numpy
 from clbench.contracts import Agent, Experience, Spaces, TaskInfo, VectorEnv
 from clbench.errors import ConfigError, ContractError
@@ -31,6 +32,18 @@ from clbench.rng import get_global_state, sealed_global_rng, seed_global, set_gl
 MIN_CNN = 36  # pixels: below, SB3's convolutions have nothing left to convolve
 CHUNK = 64  # environment steps between two yields; with one update each, well under a second
 NEVER = 2**62  # SB3 logs every so many episodes; we read its logger ourselves
+
+
+class Steps(NamedTuple):
+    """Steps that the agent took, in SB3's form, for continual methods.
+
+    Args:
+        observations: a tensor (B, ...) or a dict of such tensors, images with their channels first.
+        actions: (B, A) or, discrete, (B, 1); of DQN, SAC and TD3 as the replay buffer has them (scaled to [-1, 1]).
+    """
+
+    observations: Any
+    actions: torch.Tensor
 
 
 class SB3Agent(Agent):
@@ -43,9 +56,15 @@ class SB3Agent(Agent):
     is smaller than one, the collection shrinks to fit; what is left at the end of the phase and does not fill a collection
     stays unused and is reported as ``unused_steps``. A chunk cannot be interrupted; PPO's (a whole rollout and its epochs)
     takes about a second on vectors but many on images, where ``rollout_steps`` should be smaller.
+
+    Continual methods compose with it as far as they do without the loss of a batch, which SB3 computes inside its own
+    ``train``. What a method adds to the loss is differentiated apart, and its gradient joins SB3's when the optimiser is
+    about to step: *after* SB3 has clipped its own (PPO and DQN), so the method's part is never clipped, and its strength
+    means the same whatever the size of the agent's gradient.
     """
 
     requires = frozenset({"env"})
+    hides_loss: ClassVar[str] = "Stable-Baselines3 computes it inside its own training"
     name: ClassVar[str]
     algorithm: ClassVar[type[BaseAlgorithm]]
 
@@ -57,6 +76,7 @@ class SB3Agent(Agent):
         with sealed_global_rng():
             seed_global(seed)
             self._generators = get_global_state()
+        self._rebuilt: Callable[[], None] | None = None  # to be called after that, where methods are attached
         self.model = self._build(num_envs=1)  # enough to act; rebuilt when the first environment has more rows
         self.model.action_space.seed(seed % 2**32)
         self._collection = 0  # vector steps per collection in this phase
@@ -104,9 +124,15 @@ class SB3Agent(Agent):
     def _resize(self, num_envs: int) -> None:
         """The same model for another number of parallel environments (its replay buffer is empty)."""
         old = self.model
-        self.model = self._build(num_envs)
+        self._rebuild(num_envs)
         self.model.set_parameters(copy.deepcopy(old.get_parameters()))
         self.model.action_space.np_random.bit_generator.state = old.action_space.np_random.bit_generator.state
+
+    def _rebuild(self, num_envs: int) -> None:
+        """A new model, with new parameters and optimisers."""
+        self.model = self._build(num_envs)
+        if self._rebuilt is not None:
+            self._rebuilt()
 
     @contextlib.contextmanager
     def _own_generators(self) -> Iterator[None]:
@@ -166,6 +192,8 @@ class SB3Agent(Agent):
         with self._own_generators():
             self.model.learn(steps, log_interval=NEVER, reset_num_timesteps=False)
         self._count(steps)
+        if self._rebuilt is not None:
+            self._remember()
         logged = {k.rpartition("/")[2]: v for k, v in self.model.logger.name_to_value.items()}
         self.model.logger.dump()  # to nowhere: forgets the values
         return {k: float(v) for k, v in logged.items() if k != "n_updates"} | self.bridge.pop_metrics()
@@ -219,7 +247,7 @@ class SB3Agent(Agent):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["num_envs"] != self.bridge.num_envs:
-            self.model = self._build(state["num_envs"])
+            self._rebuild(state["num_envs"])
         model, bridge = self.model, self.bridge
         model.set_parameters(copy.deepcopy(state["parameters"]))
         with torch.no_grad():
@@ -243,12 +271,86 @@ class SB3Agent(Agent):
         """Gradient updates and training samples processed so far."""
         return {"updates": self.updates, "samples": self.samples}
 
+    # -- for continual methods ------------------------------------------------------------------------------------------
+
+    def attach(self, rebuilt: Callable[[], None]) -> None:
+        """Methods are attached: call ``rebuilt`` whenever parameters and optimisers are new objects."""
+        self._rebuilt = rebuilt
+
+    @property
+    @abstractmethod
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those of the networks (SAC's entropy coefficient has one of its own, which methods leave alone)."""
+
+    @property
+    def trainables(self) -> list[nn.Parameter]:
+        """What the optimisers change, without target networks, which are copies."""
+        return [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+
+    @abstractmethod
+    def outputs(self, batch: Steps) -> tuple[Output, ...]:
+        """What the networks compute for observations (and actions)."""
+
+    @abstractmethod
+    def sample(self, data: None, rng: torch.Generator) -> Steps:
+        """``batch_size`` random steps of the present phase; ``data`` is None, as there is no data set."""
+
+    def _remember(self) -> None:
+        """Keep what :meth:`sample` needs, where SB3 does not."""
+
     @property
     def num_parameters(self) -> int:
         """Numbers that an optimiser changes (target networks are copies and do not count)."""
         found = (recursive_getattr(self.model, name) for name in self.model._get_torch_save_params()[0])
         optimizers = [o for o in found if isinstance(o, torch.optim.Optimizer)]
         return sum(p.numel() for o in optimizers for group in o.param_groups for p in group["params"])
+
+
+class OneOptimizer(SB3Agent):
+    """PPO and DQN: all networks are trained by one optimiser, which a continual method may replace."""
+
+    model: Any
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.model.policy.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        rate = float(optimizer.param_groups[0]["lr"])
+        self.model.policy.optimizer = optimizer
+        self.model.lr_schedule = lambda _progress: rate  # SB3 writes it into the optimiser before it trains
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """Like the one that SB3 makes."""
+        policy = self.model.policy
+        return policy.optimizer_class(self.trainables, lr=self.config.lr, **policy.optimizer_kwargs)
+
+
+class ActorCritic(SB3Agent):
+    """SAC and TD3: an optimiser of the actor and one of the critics."""
+
+    model: Any
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.model.actor.optimizer, self.model.critic.optimizer]
+
+    def outputs(self, batch: Steps) -> tuple[Output, ...]:
+        """The deterministic action (B, A), in [-1, 1], and the critics' values (B, 1) each at the actions of the batch.
+
+        What is squashed is what acts. The spread of SAC's actor is no part of it, so that no method holds it.
+        """
+        action = self._action(batch.observations)
+        values = self.model.critic(batch.observations, batch.actions)
+        return (Output("gaussian", action), *(Output("gaussian", q) for q in values))
+
+    def _action(self, observations: Any) -> torch.Tensor:
+        return self.model.actor(observations)
 
 
 class WaitForEpisode(OffPolicyAlgorithm):
@@ -268,7 +370,15 @@ class OffPolicyAgent(SB3Agent):
     reward function of the present one.
     """
 
+    hides_loss = (
+        "Stable-Baselines3 computes it inside its own training; the agent has a replay buffer of its own, which keeps the "
+        "steps of earlier tasks (--agent.buffer keep)"
+    )
     model: Any
+
+    def __init__(self, spaces: Spaces, config: Any, *, device: torch.device, rng: torch.Generator):
+        super().__init__(spaces, config, device=device, rng=rng)
+        self._begun = 0  # environment steps before the present phase
 
     def _arguments(self) -> dict[str, Any]:
         c = self.config
@@ -320,6 +430,22 @@ class OffPolicyAgent(SB3Agent):
             with warnings.catch_warnings():  # SB3 warns that it ends the unfinished episodes, which is what we want
                 warnings.simplefilter("ignore", UserWarning)
                 self.model.replay_buffer.truncate_last_trajectory()
+        self._begun = self.model.num_timesteps
+
+    def sample(self, data: None, rng: torch.Generator) -> Steps:
+        """``batch_size`` random steps of the present phase that are still in the replay buffer, not relabelled."""
+        buffer = self.model.replay_buffer
+        count = min((self.model.num_timesteps - self._begun) // buffer.n_envs, buffer.size())
+        if count == 0:
+            raise ContractError(f"Agent {self.name!r} has taken no step in this phase, so there is nothing to sample.")
+
+        def draw(high: int) -> np.ndarray:
+            return torch.randint(high, (self.config.batch_size,), generator=rng, device=rng.device).cpu().numpy()
+
+        row, env = (buffer.pos - 1 - draw(count)) % buffer.buffer_size, draw(buffer.n_envs)
+        seen = buffer.observations
+        picked = {k: v[row, env] for k, v in seen.items()} if isinstance(seen, dict) else seen[row, env]
+        return Steps(_to_torch(picked, self.device), _to_torch(buffer.actions[row, env], self.device))
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -328,7 +454,7 @@ class OffPolicyAgent(SB3Agent):
     def state_dict(self) -> dict[str, Any]:
         buffer = self.model.replay_buffer
         arrays = {name: _to_torch(array[: buffer.size()]) for name, array in _columns(buffer).items()}
-        state = {"pos": int(buffer.pos), "full": bool(buffer.full), "columns": arrays}
+        state = {"pos": int(buffer.pos), "full": bool(buffer.full), "columns": arrays, "begun": self._begun}
         if isinstance(buffer, HerReplayBuffer):
             state["current_ep_start"] = _to_torch(buffer._current_ep_start)
         return {**super().state_dict(), "replay": state}
@@ -341,6 +467,7 @@ class OffPolicyAgent(SB3Agent):
             column = saved["columns"][name].numpy()
             array[: len(column)] = column
         buffer.pos, buffer.full = int(saved["pos"]), bool(saved["full"])
+        self._begun = int(saved.get("begun", 0))  # older states do not have it
         if isinstance(buffer, HerReplayBuffer):
             buffer._current_ep_start[:] = saved["current_ep_start"].numpy()
 
@@ -356,11 +483,11 @@ def _columns(buffer: Any) -> dict[str, np.ndarray]:
     return columns
 
 
-def _to_torch(value: Any) -> Any:
+def _to_torch(value: Any, device: torch.device | str = "cpu") -> Any:
     """Arrays (or a dict of them, or None) as tensors with memory of their own."""
     if isinstance(value, dict):
-        return {k: _to_torch(v) for k, v in value.items()}
-    return None if value is None else torch.from_numpy(np.array(value))
+        return {k: _to_torch(v, device) for k, v in value.items()}
+    return None if value is None else torch.from_numpy(np.array(value)).to(device)
 
 
 def _to_arrays(value: Any) -> Any:
