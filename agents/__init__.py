@@ -52,4 +52,9 @@ METHODS: dict[str, tuple[str, str]] = {
     "packnet": ("clbench.agents.continual.packnet:PackNet", "each task gets some of the weights, frozen for good"),
     "er": ("clbench.agents.continual.er:ER", "experience replay from a reservoir"),
     "er-balanced": ("clbench.agents.continual.er:BalancedER", "experience replay, memory shared among tasks"),
+    "derpp": ("clbench.agents.continual.derpp:DERpp", "dark experience replay++: replay of rows and of outputs"),
+    "uer": ("clbench.agents.continual.uer:UER", "replay, with cosine logits for what is new"),
+    "a-gem": ("clbench.agents.continual.agem:AGEM", "gradients projected so that the loss on the past does not rise"),
+    "lwf": ("clbench.agents.continual.lwf:LwF", "distillation from the old network on the new task's data"),
+    "clear": ("clbench.agents.continual.clear:CLEAR", "behaviour cloning of stored outputs of finished tasks"),
 }

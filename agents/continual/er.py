@@ -43,17 +43,14 @@ class ER(Method):
 
     def __init__(self, config: Config, learner: Learner, *, rng: torch.Generator):
         super().__init__(config, learner, rng=rng)
-        self.memory = Memory(config.memory, config.balance)
+        self.memory = Memory(config.memory, config.balance, learner.device)
 
     def start_task(self, task: TaskInfo) -> None:
         self.memory.start_group()
 
     def replay(self, batch: Any) -> Any | None:
-
-        self.memory.prepare(batch)
-        size = self.config.batch_size or rows(batch)
-        replayed = self.memory.sample(size, self.rng) if len(self.memory) else None
-        self.memory.add(batch, self.rng)
+        replayed = self.memory.sample(self.config.batch_size or rows(batch), self.rng)
+        self.memory.add(batch, self.rng)  # afterwards: a row is not its own past
         return replayed
 
     def state_dict(self) -> dict[str, Any]:

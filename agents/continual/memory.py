@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from clbench.agents.continual.batches import empty_like, put, rows, take, tensors, zip_map
+from clbench.agents.continual.batches import flatten, rows, take, unflatten
+from clbench.errors import ContractError
 
 Balance = Literal["none", "task"]
 
@@ -17,104 +19,128 @@ class Memory:
     """At most ``size`` rows of all that were offered.
 
     ``none``: reservoir sampling (Vitter 1985, algorithm R): after ``n`` offered rows each is kept with probability
-    ``size / n``. ``task``: the same within each task, the room being shared equally among the tasks so far.
+    ``size / n``. ``task``: the same within each task, and the room is shared equally: no task has two rows more than
+    another that could have more. A task that comes again is a new one here.
 
-    Rows may be of any kind that :mod:`clbench.agents.continual.batches` takes, the first ``add`` decides.
+    Rows may be of any kind that :mod:`clbench.agents.continual.batches` takes; the first that are kept decide.
     """
 
-    def __init__(self, size: int, balance: Balance = "none"):
-        self.size, self.balance = size, balance
-        self.store: Any = None  # the structure of a batch, (size, ...) each
-        self.group = torch.zeros(size, dtype=torch.int64)  # of each slot
+    def __init__(self, size: int, balance: Balance = "none", device: torch.device | None = None):
+        self.size, self.balance, self.device = size, balance, device or torch.device("cpu")
+        self.columns: list[Tensor] = []  # (size, ...) each
+        self.structure: Any = None  # of a batch; None before the first
+        self.slots: list[list[int]] = [[]]  # that the rows of each task have
+        self.seen = [0]  # rows offered, per task
         self.filled = 0
-        self.seen: list[int] = []  # rows offered, per group
-        self._saved: list[Tensor] | None = None  # loaded before the structure was known
 
     def __len__(self) -> int:
         return self.filled
 
     def start_group(self) -> None:
         """A new task begins (only ``balance="task"`` needs to know)."""
-        if not self.seen or self.seen[-1] > 0:
+        if self.balance == "task" and self.seen[-1] > 0:
+            self.slots.append([])
             self.seen.append(0)
 
-    def prepare(self, batch: Any) -> None:
-        """Make room for rows like these."""
-        if self.store is None:
-            self.store = empty_like(batch, self.size)
-            if self._saved is not None:
-                put(self.store, torch.arange(self.filled), _like(self.store, self._saved))
-                self._saved = None
+    # -- filling --------------------------------------------------------------------------------------------------------
 
     def add(self, batch: Any, rng: torch.Generator) -> None:
         """Offer all rows of a batch."""
-        self.prepare(batch)
-        if not self.seen:
-            self.seen.append(0)
-        slots: dict[int, int] = {}  # slot -> row of the batch; a later row may take the slot of an earlier one
-        draws = torch.rand(rows(batch), generator=rng, device=rng.device, dtype=torch.float64).tolist()
-        for row, u in enumerate(draws):
+        slots, kept = self.offer(rows(batch), rng)
+        self.put(slots, batch if len(kept) == rows(batch) else take(batch, kept))
+
+    def offer(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Which of ``count`` rows are kept, and where; :meth:`put` must follow, with these rows in this order.
+
+        Returns:
+            Slots (K,), each once, and rows (K,), ascending.
+        """
+        taken: dict[int, int] = {}  # slot -> row; a later row may take the slot of an earlier one
+        draws = torch.rand(count, generator=rng, device=rng.device, dtype=torch.float64)
+        for row, u in enumerate(draws.tolist()):
             slot = self._slot(u)
             if slot is not None:
-                slots[slot] = row
-        if slots:
-            device = next(tensors(batch)).device
-            into = torch.tensor(list(slots), device=device)
-            put(self.store, into, take(batch, torch.tensor(list(slots.values()), device=device)))
+                taken.pop(slot, None)
+                taken[slot] = row
+        return (
+            torch.tensor(list(taken), dtype=torch.int64, device=self.device),
+            torch.tensor(list(taken.values()), dtype=torch.int64, device=self.device),
+        )
 
     def _slot(self, u: float) -> int | None:
         """Where the next row goes, given a uniform number; None: it is not kept."""
-        now = len(self.seen) - 1
-        self.seen[now] += 1
-        if self.balance == "none":
-            if self.filled < self.size:
-                self.filled += 1
-                return self.filled - 1
-            slot = int(u * sum(self.seen))
-            return slot if slot < self.size else None
-        share = max(1, self.size // len(self.seen))
-        mine = (self.group[: self.filled] == now).nonzero()[:, 0]
-        if len(mine) >= share:
-            place = int(u * self.seen[now])
-            return int(mine[place]) if place < len(mine) else None
+        mine = self.slots[-1]
+        self.seen[-1] += 1
         if self.filled < self.size:
+            slot = self.filled
             self.filled += 1
-            slot = self.filled - 1
-        else:  # take from the group that has most; within it any row is as good as another
-            counts = torch.bincount(self.group[: self.filled], minlength=len(self.seen))
-            largest = (self.group == int(counts.argmax())).nonzero()[:, 0]
-            slot = int(largest[int(u * len(largest))])
-        self.group[slot] = now
+        else:
+            largest = mine if len(self.slots) == 1 else max(self.slots, key=len)
+            if len(largest) <= len(mine) + 1:  # it has its share
+                place = int(u * self.seen[-1])
+                return mine[place] if place < len(mine) else None
+            place = int(u * len(largest))  # within a task any row is as good as another
+            slot, largest[place] = largest[place], largest[-1]
+            largest.pop()
+        mine.append(slot)
         return slot
 
-    def sample(self, count: int, rng: torch.Generator) -> Any:
-        """``count`` rows drawn uniformly: without replacement if there are so many, else all of them."""
-        return take(self.store, self.sample_index(count, rng))
+    def put(self, slots: Tensor, batch: Any) -> None:
+        """Write rows where :meth:`offer` said."""
+        if len(slots) == 0:
+            return
+        columns, structure = flatten(batch)
+        if self.structure is None:
+            self.structure = structure
+            self.columns = [self._room(c) for c in columns]
+        elif structure != self.structure:  # tensors that were one are not now, or the other way round
+            columns, structure = flatten(batch, share=False)
+            apart, self.structure = flatten(unflatten(self.columns, self.structure), share=False)
+            if structure != self.structure:
+                raise ContractError("A batch has another structure than those of which the memory keeps rows.")
+            self.columns = [c.clone() for c in apart]
+        for into, values in zip(self.columns, columns, strict=True):
+            into[slots] = values.detach()
 
-    def sample_index(self, count: int, rng: torch.Generator) -> Tensor:
-        """Slots of the rows that :meth:`sample` would give."""
-        order = torch.rand(self.filled, generator=rng, device=rng.device).argsort()
-        return order[:count]
+    def _room(self, like: Tensor) -> Tensor:
+        return torch.zeros(self.size, *like.shape[1:], dtype=like.dtype, device=self.device)
+
+    # -- drawing --------------------------------------------------------------------------------------------------------
+
+    def sample(self, count: int, rng: torch.Generator, *, past: bool = False) -> Any:
+        """Rows drawn uniformly without replacement: ``count``, or all where there are fewer; None where there are none.
+
+        Args:
+            count: of rows.
+            rng: draws them.
+            past: only rows of earlier tasks than the present one.
+        """
+        among = None
+        if past:
+            earlier = [s for slots in self.slots[:-1] for s in slots]
+            among = torch.tensor(earlier, dtype=torch.int64, device=self.device)
+        have = self.filled if among is None else len(among)
+        if have == 0:
+            return None
+        chosen = torch.rand(have, generator=rng, device=rng.device).topk(min(count, have)).indices
+        index = chosen if among is None else among[chosen]
+        return unflatten([c[index] for c in self.columns], self.structure)
+
+    # -- state ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows as a list of tensors, in the order of the batch's structure."""
-        held = self._saved
-        if self.store is not None:
-            held = [t[: self.filled].clone() for t in tensors(self.store)]
         return {
-            "rows": [] if held is None else copy.deepcopy(held), "group": self.group.clone(), "filled": self.filled,
+            "columns": [c[: self.filled].clone() for c in self.columns],
+            "structure": copy.deepcopy(self.structure),
+            "slots": [torch.tensor(s, dtype=torch.int64) for s in self.slots],
             "seen": list(self.seen),
-        }  # fmt: skip
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.group, self.filled = state["group"].clone(), int(state["filled"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.structure = copy.deepcopy(state["structure"])
+        self.slots = [s.tolist() for s in state["slots"]]
         self.seen = [int(n) for n in state["seen"]]
-        held = [t.clone() for t in state["rows"]]
-        self._saved, self.store = (held or None), None
-
-
-def _like(tree: Any, flat: list[Tensor]) -> Any:
-    """The tensors of ``flat`` in the structure of ``tree``."""
-
-    found = iter(flat)
-    return zip_map(lambda _: next(found), tree)
+        self.filled = sum(map(len, self.slots))
+        self.columns = [self._room(c) for c in state["columns"]]
+        for into, values in zip(self.columns, state["columns"], strict=True):
+            into[: self.filled] = values.to(self.device)
