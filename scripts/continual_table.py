@@ -12,6 +12,7 @@ the command again to go on after an interruption. `--write` writes docs/results/
 from __future__ import annotations
 
 import argparse
+import datetime
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -347,6 +348,8 @@ def page(name: str, jobs: Mapping[str, Sequence[Job]], arguments: argparse.Names
     unit = results(example, arguments.out)["unit"].replace("_", " ")
     commit = f"{str(made['git'])[:12]}{' with local changes' if made['dirty'] else ''}"
     seeds = ",".join(str(j.seed) for j in next(iter(jobs.values())))
+    last = max((j.path(arguments.out) / "results.json").stat().st_mtime for js in jobs.values() for j in js)
+    day = datetime.datetime.fromtimestamp(last, datetime.UTC).date().isoformat()
     settings = ", ".join(f"`{k}={v!r}`" for k, v in {**bench.agent_options, **bench.stream_options}.items())
     grids = "; ".join(
         f"{k}: {', '.join(f'{v:g}' for v in r.grid)}" for k, r in bench.table().items() if r.grid and k in jobs
@@ -365,7 +368,8 @@ def page(name: str, jobs: Mapping[str, Sequence[Job]], arguments: argparse.Names
     )
     text = (
         f"# {bench.title}\n\n"
-        f"Written by `python scripts/continual_table.py {name} --seeds {seeds} --write`. Stream `{bench.stream}`, agent "
+        f"Written by `python scripts/continual_table.py {name} --seeds {seeds} --write` on {day}. "
+        f"Stream `{bench.stream}`, agent "
         f"`{bench.agent}` ({settings or 'defaults'}), {budget} {unit} per task for every method. {measure}; all in "
         f"percent, means over seeds {seeds} with 95 % bootstrap intervals over runs, differences paired by seed. Extra "
         "samples: what the method sends through the network beside the agent's own batches, as a share of those; state: "

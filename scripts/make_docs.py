@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -213,6 +214,98 @@ def eidetic_refused() -> str:
 MISTAKES = ("WrongShape", "MissingKey", "NeedsTaskId", "RaisesInLearn")
 
 
+def methods() -> str:
+    """Continual methods with what they require and the agents they work with."""
+    from clbench.registry import resolve
+
+    rows = []
+    for name, summary in own("methods").items():
+        needs = ", ".join(f"`{r}`" for r in sorted(resolve("methods", name).requires)) or "nothing"
+        rows.append((f"[`{name}`](method_cards.md#{name})", summary, needs))
+    return table(("method", "what it is", "requires"), rows)
+
+
+def method_cards() -> str:
+    """One card per continual method: source, formula, options, where it works, what was measured."""
+    from clbench.agents.continual.compose import check_pair
+    from clbench.errors import ConfigError
+    from clbench.registry import resolve
+
+    measured, cards = continual_results(), []
+    for name, summary in own("methods").items():
+        cls = resolve("methods", name)
+        works, refused = [], []
+        for agent in own("agents"):
+            try:
+                check_pair(resolve("agents", agent), agent, cls, name)
+                works.append(f"`{agent}`")
+            except ConfigError:
+                refused.append(f"`{agent}`")
+        meaning = argument_help(cls.Config)
+        options = [(f"`{f.name}`", f"`{f.default!r}`", meaning.get(f.name, "")) for f in dataclasses.fields(cls.Config)]
+        lines = [
+            f"## {name}",
+            inspect.getdoc(cls) or summary,
+            f"* **Source**: {cls.paper}",
+            f"* **Formula**: `{cls.formula}`",
+            f"* **Requires**: {', '.join(f'`{r}`' for r in sorted(cls.requires)) or 'nothing'}",
+            f"* **Works with**: {', '.join(works) or 'no agent'}. Refused at start-up: {', '.join(refused) or 'none'}.",
+        ]
+        text = "\n\n".join([*lines[:2], "\n".join(lines[2:])])
+        text += "\n\n" + (table(("option", "default", "meaning"), options) if options else "No options.")
+        if name in measured:
+            head = ("benchmark", "value", "average, % (online accuracy)", "forgetting, points (lost)", "extra samples",
+                    "state, kB")  # fmt: skip
+            text += "\n\n" + table(head, measured[name])
+        else:
+            text += "\n\nNot measured yet."
+        cards.append(text)
+    return "\n\n".join(cards)
+
+
+def argument_help(config: type) -> dict[str, str]:
+    """What the ``Args:`` of a Config and of its bases say, by name."""
+    found: dict[str, str] = {}
+    for cls in reversed(config.__mro__):
+        _, _, arguments = (inspect.getdoc(cls) or "").partition("Args:\n")
+        name = ""
+        for line in arguments.splitlines():
+            if match := re.match(r" {4}(\w+): (.*)", line):
+                name = match[1]
+                found[name] = match[2]
+            elif name and line.startswith(" " * 8):
+                found[name] += " " + line.strip()
+    return {k: v.replace("``", "`") for k, v in found.items()}
+
+
+def continual_results() -> dict[str, list[Sequence[str]]]:
+    """Rows for the cards of each method, from the pages that scripts/continual_table.py wrote."""
+    spec = importlib.util.spec_from_file_location("continual_table", ROOT / "scripts" / "continual_table.py")
+    assert spec is not None and spec.loader is not None
+    study = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = study
+    spec.loader.exec_module(study)
+    found: dict[str, list[Sequence[str]]] = {}
+    for name, bench in study.BENCHMARKS.items():
+        page = f"continual_{name.replace('-', '_')}.md"
+        if not (ROOT / "docs" / "results" / page).exists():
+            continue
+        text = (ROOT / "docs" / "results" / page).read_text()
+        first = text[text.index("| method |") :].split("\n\n")[0].splitlines()
+        header = [c.strip() for c in first[0].strip("|").split("|")]
+        day = re.search(r"` on ([\d-]+)\.", text)
+        for line in first[2:]:
+            cells = dict(zip(header, (c.strip() for c in line.strip("|").split("|")), strict=True))
+            row = bench.table().get(cells["method"])
+            if row is None or len(row.method) != 1:
+                continue
+            score, lost = ("online accuracy", "lost") if bench.online else ("average", "forgetting")
+            link = f"[{name}](results/{page}), {day[1] if day else 'undated'}"
+            cells = (link, cells["value"], cells[score], cells[lost], cells["extra samples"], cells["state, kB"])
+            found.setdefault(row.method[0], []).append(cells)
+    return found
+
+
 def mistakes() -> str:
     """What `clbench run` and `clbench check` say about the agents of examples/mistakes.py."""
     import clbench
@@ -352,6 +445,8 @@ CHEAP: dict[str, Callable[[], str]] = {
     "what-works": what_works,
     "agents": agents,
     "planners": planners,
+    "methods": methods,
+    "method-cards": method_cards,
     "envs": lambda: registered("envs"),
     "streams": streams,
     "schedules": schedules,
