@@ -66,6 +66,11 @@ def concat(batches: Sequence[Any]) -> Any:
     return batches[0] if len(batches) == 1 else zip_map(lambda *parts: torch.cat(parts), *batches)
 
 
+def _is_container(cls: Any) -> bool:
+    """Whether it is the class of a dataclass or of a named tuple."""
+    return isinstance(cls, type) and (dataclasses.is_dataclass(cls) or hasattr(cls, "_fields"))
+
+
 # -- as plain values -------------------------------------------------------------------------------------------------------
 
 
@@ -118,8 +123,7 @@ def unflatten(columns: Sequence[Tensor], structure: Any) -> Any:
             return columns[content]
         if kind == "class":
             cls: Any = load_object(content)
-            known = dataclasses.is_dataclass(cls) or hasattr(cls, "_fields")
-            if not known:  # a file must not make us call anything
+            if not _is_container(cls):  # a file must not make us call anything
                 raise ContractError(f"A state names {content} as a container of rows, but it is none.")
             return cls(**{k: build(v) for k, v in node[2].items()})
         if kind == "dict":

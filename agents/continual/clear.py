@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clbench.agents.continual.batches import concat, pack, rows, take, tensors, unpack
+from clbench.agents.continual.batches import concat, pack, rows, take, unpack
 from clbench.agents.continual.method import Method
 from clbench.errors import ConfigError
 
@@ -70,9 +70,6 @@ class CLEAR(Method):
             parts.append((batch, self.learner.outputs(batch)))
             missing -= rows(batch)
         self.stored = concat(parts)
-
-    def metrics(self) -> dict[str, float]:
-        return {"clear_rows": 0 if self.stored is None else len(next(tensors(self.stored)))}
 
     def state_dict(self) -> dict[str, Any]:
         return {"stored": pack(self.stored)}

@@ -57,7 +57,7 @@ class LwF(Method):
     def __init__(self, config: Config, learner: Learner, *, rng: torch.Generator):
         super().__init__(config, learner, rng=rng)
         self.finished: list[int] = []
-        self.heads = getattr(learner.agent.config, "heads", 1) > 1
+        self.heads = getattr(getattr(learner.agent, "config", None), "heads", 1) > 1
 
     def start_task(self, task: TaskInfo) -> None:
         self.now = task.id
