@@ -129,7 +129,12 @@ class Benchmark:
 
 
 DIGITS: dict[str, Any] = {"hidden": (100, 100), "batch_size": 32, "lr": 1e-3}
-FIVE = {"PackNet": Row(("packnet",), options={"tasks": 5})}
+# as many stored rows in all as replay has
+CLONING = {"CLEAR": Row(("clear",), "strength", (0.3, 1.0, 3.0, 10.0), {"samples": 20})}
+FIVE = {
+    "PackNet": Row(("packnet",), options={"tasks": 5}),
+    "CLEAR": Row(("clear",), "strength", (0.3, 1.0, 3.0, 10.0), {"samples": 40}),
+}
 ONE_HEAD = {"UER": "one output layer only"}
 NO_IDS = {"PackNet": "it needs task ids while acting, which this scenario hides"}
 CONTINUOUS = {"UER": "classes only"}
@@ -149,14 +154,14 @@ ONLINE: dict[str, Row] = {
 ONE_BY_ONE: dict[str, Any] = {"hidden": (128, 64), "batch_size": 1, "reset_optimizer": False, "activation": "relu"}
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "permuted": Benchmark("Ten permutations of digits", "digits-permuted", "bc", DIGITS, seeds="0,1,2,3,4"),
+    "permuted": Benchmark("Ten permutations of digits", "digits-permuted", "bc", DIGITS, rows=CLONING, seeds="0,1,2,3,4"),
     "split-class": Benchmark(
         "Split digits, class-incremental", "digits-split", "bc", DIGITS, {"scenario": "class"},
-        without=NO_IDS, seeds="0,1,2,3,4",
+        without=NO_IDS, rows=FIVE, seeds="0,1,2,3,4",
     ),
     "split-domain": Benchmark(
         "Split digits, domain-incremental", "digits-split", "bc", DIGITS, {"scenario": "domain"},
-        without=NO_IDS, seeds="0,1,2,3,4",
+        without=NO_IDS, rows=FIVE, seeds="0,1,2,3,4",
     ),
     "split-task": Benchmark(
         "Split digits, task-incremental", "digits-split", "bc", {**DIGITS, "heads": 5}, {"scenario": "task"},
@@ -340,13 +345,19 @@ def markdown(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rest))
 
 
+def commit_of(job: Job, out: Path) -> str:
+    """What a run was made with; rows were added as methods were written."""
+    made = read_json(job.path(out) / "config.json")["provenance"]
+    return f"{str(made['git'])[:10]}{' with local changes' if made['dirty'] else ''}"
+
+
 def page(name: str, jobs: Mapping[str, Sequence[Job]], arguments: argparse.Namespace) -> str:
     bench = BENCHMARKS[name]
     example = next(iter(jobs.values()))[0]
     made = read_json(example.path(arguments.out) / "config.json")["provenance"]
     budget = results(example, arguments.out)["budgets"][0]
     unit = results(example, arguments.out)["unit"].replace("_", " ")
-    commit = f"{str(made['git'])[:12]}{' with local changes' if made['dirty'] else ''}"
+    commits = sorted({commit_of(j, arguments.out) for js in jobs.values() for j in js})
     seeds = ",".join(str(j.seed) for j in next(iter(jobs.values())))
     last = max((j.path(arguments.out) / "results.json").stat().st_mtime for js in jobs.values() for j in js)
     day = datetime.datetime.fromtimestamp(last, datetime.UTC).date().isoformat()
@@ -373,7 +384,7 @@ def page(name: str, jobs: Mapping[str, Sequence[Job]], arguments: argparse.Names
         f"`{bench.agent}` ({settings or 'defaults'}), {budget} {unit} per task for every method. {measure}; all in "
         f"percent, means over seeds {seeds} with 95 % bootstrap intervals over runs, differences paired by seed. Extra "
         "samples: what the method sends through the network beside the agent's own batches, as a share of those; state: "
-        f"what it keeps beside the network and its optimiser. {chosen} Commit {commit}, {made['cpu']}, 1 thread, GPU: "
+        f"what it keeps beside the network and its optimiser. {chosen} Commits {', '.join(commits)}, {made['cpu']}, 1 thread, GPU: "
         f"{made['gpu'] or 'none'}, torch {made['torch']}.\n\n{markdown(lines(name, jobs, arguments))}\n"
     )
     if bench.without and not bench.online:
