@@ -384,8 +384,8 @@ def page(name: str, jobs: Mapping[str, Sequence[Job]], arguments: argparse.Names
         f"`{bench.agent}` ({settings or 'defaults'}), {budget} {unit} per task for every method. {measure}; all in "
         f"percent, means over seeds {seeds} with 95 % bootstrap intervals over runs, differences paired by seed. Extra "
         "samples: what the method sends through the network beside the agent's own batches, as a share of those; state: "
-        f"what it keeps beside the network and its optimiser. {chosen} Commits {', '.join(commits)}, {made['cpu']}, 1 thread, GPU: "
-        f"{made['gpu'] or 'none'}, torch {made['torch']}.\n\n{markdown(lines(name, jobs, arguments))}\n"
+        f"what it keeps beside the network and its optimiser. {chosen} Commits {', '.join(commits)}; {made['cpu']}, 1 "
+        f"thread, GPU: {made['gpu'] or 'none'}, torch {made['torch']}.\n\n{markdown(lines(name, jobs, arguments))}\n"
     )
     if bench.without and not bench.online:
         text += "\nNot there: " + "; ".join(f"{k} ({why})" for k, why in bench.without.items()) + ".\n"
