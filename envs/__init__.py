@@ -31,6 +31,10 @@ TABLE: dict[str, tuple[str, str]] = {
         "clbench.envs.classify:ClassifyVectorEnv",
         "any labelled data set as one-step episodes; digits ship with it",
     ),
+    "clbench/BitFlip-v0": (
+        "clbench.envs.bit_flip:BitFlipVectorEnv",
+        "regression on bits by one-step episodes, of which some change slowly (Dohare et al. 2021)",
+    ),
 }
 
 gymnasium.register(
@@ -61,4 +65,9 @@ gymnasium.register(
     id="clbench/Classify-v0",
     entry_point="clbench.envs.classify:ClassifyEnv",
     vector_entry_point="clbench.envs.classify:ClassifyVectorEnv",
+)
+gymnasium.register(
+    id="clbench/BitFlip-v0",
+    entry_point="clbench.envs.bit_flip:BitFlipEnv",
+    vector_entry_point="clbench.envs.bit_flip:BitFlipVectorEnv",
 )

@@ -7,6 +7,7 @@ TABLE: dict[str, tuple[str, str]] = {
     "point-maze": ("clbench.envs.point_maze_data:point_maze", "PointMaze, random actions (PLDM 2.3), any layouts"),
     "ogbench-maze": ("clbench.envs.ogbench_maze_data:ogbench_maze", "OGBench's point mazes, scripted walks, any size"),
     "classify": ("clbench.envs.classify:classify_dataset", "labelled examples as one-step episodes of an expert"),
+    "bit-flip": ("clbench.envs.bit_flip:bit_flip_dataset", "bits and their targets as one-step episodes of an expert"),
     **{name: (f"clbench.data.published:{recipe.attribute}", recipe.summary) for name, recipe in RECIPES.items()},
 }
 

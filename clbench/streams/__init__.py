@@ -29,6 +29,10 @@ TABLE: dict[str, tuple[str, str]] = {
         "clbench.streams.digits:digits_online_labels",
         "online: 200 short tasks, each with a label permutation of its own",
     ),
+    "bit-flipping": (
+        "clbench.streams.bit_flipping:bit_flipping",
+        "regression that changes slowly: 200 tasks, one input bit flips between two",
+    ),
     "minigrid-5": ("clbench.streams.minigrid:minigrid_5", "five MiniGrid rooms that share the action space"),
 }
 
