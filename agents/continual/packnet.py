@@ -5,9 +5,9 @@ the others back (they become 0) and trains those it kept for the rest of its pha
 it was at the end of it: with the weights of this task and of earlier ones, and zeros elsewhere.
 
 * **Shares.** Of ``T`` tasks the ``k``-th keeps ``1 / (T - k + 1)`` of what is still free of every weight tensor, the
-  largest by absolute value.
-* **Biases and norms** belong to the first task that trains them, as in the paper. They are what has one axis (axes of
-  length 1 do not count) or starts with all entries equal, as stacked biases of ensembles do.
+  largest by absolute value. What is given back starts the next task at 0, as in the paper; new random values were no
+  better (permuted digits: 89.5 against 90.6 % with zeros, two seeds).
+* **Biases and norms** belong to the first task that trains them, as in the paper (see :func:`is_matrix`).
 * **Parameters without a gradient** during a task (other tasks' output layers) are left as they are and stay free.
 * **A task that comes again** changes nothing, since later tasks may be built on its weights.
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,10 @@ class PackNet(Method):
 
     requires = frozenset({"boundaries", "task_id"})
     paper = "Mallya & Lazebnik 2018 (PackNet: Adding Multiple Tasks to a Single Network by Iterative Pruning)"
-    formula = "network of task k: theta_i if owner_i <= k, else 0; owner_i = k for the largest 1 / (T - k + 1) of free weights"
-    state = ("order", "now", "owner", "matrix", "trained", "packed", "spread")
+    formula = (
+        "network of task k: theta_i if owner_i <= k, else 0; it owns the largest 1 / (T - k + 1) of the free weights"
+    )
+    state = ("order", "now", "owner", "matrix", "trained", "packed")
 
     @dataclass
     class Config:
@@ -44,12 +46,10 @@ class PackNet(Method):
         Args:
             tasks: T, how many tasks there is room for.
             prune_at: share of a phase's updates after which the task gives weights back.
-            restart: free weights begin a task at 0, or are drawn anew with the spread of the initial weights.
         """
 
         tasks: int = 10
         prune_at: float = 0.5
-        restart: Literal["zero", "draw"] = "zero"
 
         def __post_init__(self) -> None:
             if not 1 <= self.tasks <= 255:
@@ -66,7 +66,6 @@ class PackNet(Method):
         self.order: list[int] = []  # ids of tasks, by number
         self.trained: list[bool] = []  # per parameter: had a gradient in this task
         self.packed: list[bool] = []  # per parameter: this task has chosen its weights
-        self.spread: list[float] = []  # per parameter: standard deviation at the start
 
     # -- one task -------------------------------------------------------------------------------------------------------
 
@@ -74,8 +73,7 @@ class PackNet(Method):
         params = self.learner.params
         if self.owner is None or self.matrix is None:
             self.owner = [torch.zeros_like(p, dtype=torch.uint8) for p in params]
-            self.matrix = [p.squeeze().ndim > 1 and bool((p != p.flatten()[0]).any()) for p in params]
-            self.spread = [p.detach().std(correction=0).item() for p in params]
+            self.matrix = [is_matrix(p) for p in params]
         if task.id is None:
             raise ConfigError("PackNet trains one task at a time and must be told which; this phase has no task id.")
         self.trained, self.packed, self.now = [False] * len(params), [False] * len(params), 0
@@ -87,17 +85,6 @@ class PackNet(Method):
             )
         self.order.append(task.id)
         self.now = len(self.order)
-        if self.config.restart == "draw":
-            self._draw()
-
-    @torch.no_grad()
-    def _draw(self) -> None:
-        """Give free weights that a task gave back new values."""
-        assert self.owner is not None and self.matrix is not None
-        for p, owner, matrix, spread in zip(self.learner.params, self.owner, self.matrix, self.spread, strict=True):
-            if matrix and owner.any():
-                values = spread * torch.randn(p.shape, generator=self.rng, device=self.rng.device)
-                p.copy_(torch.where(owner == 0, values.to(p), p))
 
     def after_backward(self, params: Sequence[nn.Parameter]) -> None:
         self._before = {}
@@ -167,3 +154,12 @@ class PackNet(Method):
         if self.owner is None:
             return {}
         return {"packnet_free": sum(int((o == 0).sum()) for o in self.owner) / sum(o.numel() for o in self.owner)}
+
+
+def is_matrix(p: Tensor) -> bool:
+    """Whether tasks share the numbers of a parameter, given as it was before any training.
+
+    Biases and norms are not shared: they have one axis, or those of an ensemble are (E, 1, n), or all entries start equal.
+    """
+    stacked = p.ndim == 3 and p.shape[1] == 1
+    return p.ndim > 1 and not stacked and bool((p != p.flatten()[0]).any())
