@@ -11,7 +11,7 @@ layer per task (task-incremental learning).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,11 +21,13 @@ from gymnasium.spaces import Box, Dict, Discrete
 from torch import Tensor, nn
 
 from clbench.agents.networks.encoders import Encoder, Scale
-from clbench.agents.networks.mlp import MLP, count_parameters, dense
+from clbench.agents.networks.mlp import MLP, count_parameters, dense, gelu
 from clbench.agents.networks.outputs import Output
 from clbench.contracts import Agent, Experience, Spaces, TaskInfo
 from clbench.data.dataset import Batch, GoalSampling, OfflineDataset
-from clbench.errors import ConfigError, ContractError, DataError
+from clbench.errors import ConfigError, ContractError, DataError, unknown_name
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "relu": torch.relu}
 
 
 class Policy(nn.Module):
@@ -34,12 +36,13 @@ class Policy(nn.Module):
     With several ``heads`` each row goes through the output layer of its task.
     """
 
-    def __init__(self, spaces: Spaces, hidden: tuple[int, ...], heads: int = 1, *, rng: torch.Generator):
+    def __init__(self, spaces: Spaces, hidden: tuple[int, ...], heads: int = 1, *, rng: torch.Generator,
+                 activation: Callable[[Tensor], Tensor] = gelu):  # fmt: skip
         super().__init__()
         action = spaces.action
         outputs = int(action.n) if isinstance(action, Discrete) else int(np.prod(action.shape or ()))
         self.encoder = Encoder(spaces.observation, rng=rng)
-        self.head = MLP((self.encoder.size, *hidden, outputs), rng=rng, final_gain=0.1)
+        self.head = MLP((self.encoder.size, *hidden, outputs), rng=rng, activation=activation, final_gain=0.1)
         width = (self.encoder.size, *hidden)[-1]
         self.more_heads = nn.ModuleList(dense(width, outputs, rng, 0.1) for _ in range(heads - 1))
 
@@ -88,6 +91,7 @@ class BC(Agent):
 
         Args:
             hidden: sizes of the hidden layers.
+            activation: of the hidden layers.
             heads: output layers; with more than one, each task (whose id the stream must reveal) has its own.
             optimizer: ``adam`` or plain ``sgd``.
             lr: learning rate.
@@ -100,6 +104,7 @@ class BC(Agent):
         """
 
         hidden: tuple[int, ...] = (256, 256)
+        activation: Literal["gelu", "relu"] = "gelu"
         heads: int = 1
         optimizer: Literal["adam", "sgd"] = "adam"
         lr: float = 1e-3
@@ -115,6 +120,8 @@ class BC(Agent):
                     raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
             if any(width < 1 for width in self.hidden):
                 raise ConfigError(f"hidden must hold positive layer sizes, got {self.hidden}.")
+            if self.activation not in ACTIVATIONS:
+                raise unknown_name("activation", str(self.activation), ACTIVATIONS, where="agent 'bc'")
             if self.explore_std < 0:
                 raise ConfigError(f"explore_std must be at least 0, got {self.explore_std}.")
 
@@ -126,7 +133,9 @@ class BC(Agent):
         self.discrete = isinstance(spaces.action, Discrete)
         self.goal_conditioned = isinstance(spaces.observation, Dict) and "desired_goal" in spaces.observation.spaces
         self.scale = Scale(spaces.action).to(device) if isinstance(spaces.action, Box) else None
-        self.policy = Policy(spaces, config.hidden, config.heads, rng=rng).to(device)
+        self.policy = Policy(
+            spaces, config.hidden, config.heads, rng=rng, activation=ACTIVATIONS[config.activation]
+        ).to(device)
         self.optimizer = self.new_optimizer()
         self.updates = 0
         self.samples = 0
@@ -161,6 +170,13 @@ class BC(Agent):
     def features(self, batch: Batch) -> Tensor:
         """(B, D) before the output layer."""
         return self.policy.features(batch.observations)
+
+    @torch.no_grad()
+    def probe(self, obs: Any, task: Tensor | None = None) -> dict[str, Tensor]:
+        """(B, D) of each hidden layer after its nonlinearity; the last, ``features``, is what the output layer sees."""
+        layers = self.policy.head.hidden(self.policy.encoder(obs))
+        names = [*(f"hidden-{i}" for i in range(1, len(layers))), "features"]
+        return dict(zip(names, layers or [self.policy.features(obs)], strict=True))
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -200,10 +216,10 @@ class BC(Agent):
 
     def _report(self, info: Mapping[str, Tensor]) -> dict[str, float]:
         """To be logged; ``online_accuracy`` is prequential: of all predictions since the last report, each made before the
-        update on it."""
+        update on it; ``online_count`` says how many they were."""
         report = {("accuracy" if k == "correct" else k): v.item() for k, v in info.items()}
         if self.asked:
-            report["online_accuracy"] = self.right / self.asked
+            report |= {"online_accuracy": self.right / self.asked, "online_count": float(self.asked)}
         self.right = self.asked = 0
         return report
 

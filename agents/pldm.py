@@ -339,6 +339,12 @@ class PLDM(Agent):
         z = self.model.encode_frames(map_obs(lambda v: v[:, None], data.observation(rows)))[:, 0]
         return diagnose(self.model.goal_features(z), _state_of(data, self.model.keys.goal, rows))
 
+    @torch.no_grad()
+    def probe(self, obs: Any, task: Tensor | None = None) -> dict[str, Tensor]:
+        """The embedding (B, n) of observations, where distances are taken, as ``features``."""
+        z = self.model.encode_frames(map_obs(lambda v: v[:, None], obs))[:, 0]
+        return {"features": self.model.goal_features(z)}
+
     def new_optimizer(self) -> torch.optim.Adam:
         return torch.optim.Adam(self.trainables, lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True)
 

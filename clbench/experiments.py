@@ -40,6 +40,7 @@ from clbench.loop import (
 )
 from clbench.metrics.continual import compute_metrics
 from clbench.metrics.log import EvalLog, read_eval_csv
+from clbench.metrics.plasticity import online_results
 from clbench.records import (
     RunDirectory,
     content_hash,
@@ -81,6 +82,7 @@ class RunConfig:
         references: also make (or reuse) the single-task reference run that forward transfer is defined against.
         checkpoint_seconds: wall time between checkpoints within a phase.
         tensorboard: write TensorBoard event files.
+        probe: write measures of the agent's features to probe.csv, before training and after each phase.
         agent_options: fields of the agent's ``Config``.
         method_options: for each method, fields of its ``Config``.
         stream_options: options of the stream.
@@ -105,6 +107,7 @@ class RunConfig:
     references: bool = False
     checkpoint_seconds: float = 20.0
     tensorboard: bool = True
+    probe: bool = False
     agent_options: Mapping[str, Any] = field(default_factory=dict)
     method_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     stream_options: Mapping[str, Any] = field(default_factory=dict)
@@ -169,6 +172,8 @@ class Resolved:
             del plain["eval_start"]  # runs from before there was this option go on
         if not self.config.method:
             del plain["method"]
+        if not self.config.probe:
+            del plain["probe"]
         agent = [dataclasses.asdict(self.agent_config), self.agent_code]
         return content_hash([plain, agent, self.stream.to_dict(), clbench.__version__, torch.__version__])
 
@@ -343,7 +348,12 @@ def reference_run(
     A process that finds another one making them waits for it. Damaged ones are made again.
     """
     config = dataclasses.replace(
-        resolved.config, protocol="independent", schedule="sequential", schedule_options={}, references=False
+        resolved.config,
+        protocol="independent",
+        schedule="sequential",
+        schedule_options={},
+        references=False,
+        probe=False,
     )
     alone = dataclasses.replace(resolved, config=config, stream=one_phase_per_task(resolved.stream))
     path = root / alone.fingerprint
@@ -419,6 +429,7 @@ def _make_loop(resolved: Resolved, directory: RunDirectory, should_stop: Callabl
             fresh_agent=config.protocol == "independent",
             checkpoint_seconds=config.checkpoint_seconds,
             tensorboard=config.tensorboard,
+            probe=config.probe,
         ),  # fmt: skip
         directory=directory,
         unit=resolved.unit,
@@ -611,7 +622,7 @@ def check_configuration(resolved: Resolved, directory: RunDirectory) -> None:
 def write_results(
     resolved: Resolved, directory: RunDirectory, status: str, cost: Mapping[str, Any], reference: EvalLog | None
 ) -> dict[str, Any]:
-    """``results.json``: a pure function of ``eval.csv``, the configuration and the deterministic counts.
+    """``results.json``: a pure function of ``eval.csv``, ``train.csv``, the configuration and the deterministic counts.
 
     It holds no wall times, and not where it was made (``config.json`` does), so that a run that was killed and resumed
     gives the same file as one that was not, also on another machine or commit.
@@ -619,6 +630,7 @@ def write_results(
     config, stream = resolved.config, resolved.stream
     log = read_eval_csv(directory.eval.path)
     tasks = [t.name for t in stream.tasks]
+    online = online_results(directory.train.path, len(stream.phases), status == "complete")
     results = {
         "schema": 1,
         "status": status,
@@ -634,6 +646,7 @@ def write_results(
         "tasks": tasks,
         "matrix": _with_nulls(log.matrix(tasks, stream.phases)),
         "metrics": compute_metrics(log, tasks, stream.phases, reference, protocol=config.protocol),
+        **({} if online is None else {"online": online}),
         "reference": None if reference is None else Path(reference.source).parent.name,
         "cost": dict(cost),
         "provenance": read_json(directory.config).get("provenance"),  # of the start: the same after a resume elsewhere

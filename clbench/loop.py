@@ -28,6 +28,8 @@ from clbench.envs.concat import concat
 from clbench.envs.make import make_env
 from clbench.errors import ClbenchError, ConfigError, ContractError, DataError, Interrupted
 from clbench.evaluate import check_actions, evaluate, plugin_error
+from clbench.metrics.plasticity import COUNT
+from clbench.probe import check_probe, load_features, probe_agent, probe_inputs, save_features, task_rows, weight_rows
 from clbench.records import (
     RunDirectory,
     changed_entries,
@@ -207,6 +209,8 @@ class Position:
     updates: int = 0
     past_updates: int = 0  # of agents that were replaced by a fresh one (protocol "independent")
     past_samples: int = 0
+    probed: int = -1  # phase of the last probe, -1 for none
+    online: dict[str, float] = field(default_factory=dict)  # sums of reports without a row of train.csv
 
     @property
     def step(self) -> int:
@@ -228,6 +232,7 @@ class LoopSettings:
         fresh_agent: a new agent for every phase, evaluated on its own task only (protocol ``independent``).
         checkpoint_seconds: wall time between checkpoints (they are also written at the end of every segment).
         tensorboard: write TensorBoard event files.
+        probe: measure the agent's features before training and after each phase (see :mod:`clbench.probe`).
     """
 
     seed: int = 0
@@ -240,6 +245,7 @@ class LoopSettings:
     fresh_agent: bool = False
     checkpoint_seconds: float = 20.0
     tensorboard: bool = True
+    probe: bool = False
 
 
 @dataclass
@@ -288,6 +294,7 @@ class Loop:
         self.scores: dict[str, float] = {}
         self._eval_envs: dict[str, VectorEnv] = {}
         self._datasets: dict[str, OfflineDataset] = {}
+        self._probe_inputs: dict[str, Any] = {}
         self._purity_checked = False
         self._warned = False
         self._last_checkpoint = time.monotonic()
@@ -297,6 +304,8 @@ class Loop:
         self._purge_step: int | None = None
         self.spaces = common_spaces(self.stream, self.device)
         self.agent = self._new_agent()
+        if self.settings.probe:
+            check_probe(self.agent, self.agent_name)
 
     # -- the loop -------------------------------------------------------------------------------------------------------
 
@@ -313,14 +322,18 @@ class Loop:
         else:
             self.directory.eval.restart()
             self.directory.train.restart()
+            if self.settings.probe:
+                self.directory.probe.restart()
             with sealed_global_rng():
                 self._load(self.stream.phases[0])  # data that do not fit are better known before the first evaluation
         try:
             self._evaluate_between_segments()
+            self._probe_between_segments()
             while self.position.segment < len(self.segments):
                 self._run_segment(learn_state)
                 learn_state = None
                 self._evaluate_between_segments()
+                self._probe_between_segments()
         except (Interrupted, KeyboardInterrupt) as stop:
             raise Interrupted("Stopped by the user.") from stop
         finally:
@@ -426,6 +439,8 @@ class Loop:
                 if position.consumed < budget:
                     pause()
         position.consumed = budget
+        if position.online and not self._within_phase(position.segment + 1):
+            self._write_log({}, index + 1)  # what the phase's last row leaves out
         if meter is not None:
             position.env_steps = steps_before + meter.steps
             self.timing.environment += meter.seconds
@@ -581,6 +596,53 @@ class Loop:
             )
         self._purity_checked = True
 
+    # -- probe ----------------------------------------------------------------------------------------------------------
+
+    def _probe_between_segments(self) -> None:
+        """Measures of the agent's features before training and after each phase; changes nothing in training."""
+        position, segment = self.position, self.position.segment
+        phase = 0 if segment == 0 else self.segments[segment - 1][0] + 1
+        if not self.settings.probe or position.inside or position.probed == phase or self._within_phase(segment):
+            return
+        if self.settings.fresh_agent and phase == 0:
+            return
+        start = time.perf_counter()
+        first = position.probed < 0
+        before = state_digest(self._agent_state()) if first else {}
+        with sealed_global_rng():
+            rows = self._probe_rows(phase)
+        changed = changed_entries(before, state_digest(self._agent_state())) if first else []
+        if changed:
+            raise ContractError(
+                f"The probe changed the agent {self.agent_name!r} (first changed entry of state_dict: {changed[0]!r}); "
+                "probe must not change the agent."
+            )
+        self.directory.probe.append(rows)
+        position.probed = phase
+        self.timing.evaluate += time.perf_counter() - start
+        self._checkpoint(None)
+
+    def _probe_rows(self, phase: int) -> list[tuple[Any, ...]]:
+        """The rows of all tasks; of a fresh agent's own task alone."""
+        phases, step = self.stream.phases, self.position.step
+        rows: list[tuple[Any, ...]] = []
+        for number, task in enumerate(self.stream.tasks):
+            if self.settings.fresh_agent and task.name not in phases[phase - 1].tasks:
+                continue
+            self.should_stop()
+            if task.name not in self._probe_inputs:
+                self._probe_inputs[task.name] = probe_inputs(task, self.device)
+            found = probe_agent(self.agent, self._probe_inputs[task.name], number if self._reveals_task else None)
+            visits = [i for i, p in enumerate(phases, start=1) if task.name in p.tasks]
+            own, file = None, self.directory.features / f"task-{number}.npz"
+            if visits and phase == visits[0]:
+                save_features(file, found)
+                own = found
+            elif visits and phase > visits[0]:
+                own = load_features(file)
+            rows += task_rows(phase, step, task.name, found, own)
+        return rows + weight_rows(phase, step, getattr(self.agent, "trainables", ()))
+
     def _eval_env(self, task: Task) -> VectorEnv:
         if task.name not in self._eval_envs:
             rows = max(1, min(self.settings.eval_envs, len(task.evaluation)))
@@ -610,8 +672,8 @@ class Loop:
 
     def _checkpoint(self, learn_state: Mapping[str, Any] | None) -> None:
         start = time.perf_counter()
-        self.directory.eval.sync()
-        self.directory.train.sync()
+        for log in (self.directory.eval, self.directory.train, self.directory.probe):
+            log.sync()
         save_checkpoint(
             self.directory.checkpoint,
             {
@@ -625,6 +687,7 @@ class Loop:
                 "train_rows": self.directory.train.rows,
                 "train_header": self.directory.train.header,
                 "scores": self.scores,
+                **({"probe_rows": self.directory.probe.rows} if self.settings.probe else {}),
             },
         )
         if not self._readable:  # better now than after hours of training
@@ -675,6 +738,8 @@ class Loop:
         self.scores = dict(saved["scores"])
         self.directory.eval.restart(saved["eval_rows"])
         self.directory.train.restart(saved["train_rows"], saved["train_header"])
+        if self.settings.probe:
+            self.directory.probe.restart(saved["probe_rows"])
         set_global_state(saved["global_rng"])
         self._purity_checked = self._readable = True
         self._purge_step = self.position.step + 1  # what a killed process logged beyond the checkpoint
@@ -691,12 +756,28 @@ class Loop:
             warnings.warn(
                 f"{self.agent_name}.learn reports {bad[0]}={values[bad[0]]} at step {position.step}.", stacklevel=2
             )
-        if not values or position.step - position.logged < log_every:
-            return
-        self.directory.train.append_mapping(
-            {"step": position.step, "phase": phase, **{k: f"{v:.8g}" for k, v in values.items()}}
-        )
-        position.logged = position.step
+        self._collect_online(values)
+        if values and position.step - position.logged >= log_every:
+            self._write_log(values, phase)
+
+    def _collect_online(self, values: Mapping[str, float]) -> None:
+        """Add up ``online_*``: averages over the ``online_count`` samples since the agent's last report.
+
+        Reports that come too often for ``train.csv`` are part of the next row, so that nothing is lost of them.
+        """
+        count, sums = values.get(COUNT, 0.0), self.position.online
+        if count > 0:
+            for key in (k for k in values if k.startswith("online_")):
+                sums[key] = sums.get(key, 0.0) + (count if key == COUNT else count * values[key])
+
+    def _write_log(self, values: Mapping[str, float], phase: int) -> None:
+        """A row of ``train.csv``."""
+        position, sums = self.position, self.position.online
+        online = {k: v if k == COUNT else v / sums[COUNT] for k, v in sums.items()}
+        position.online, position.logged = {}, position.step
+        values = {**values, **online}
+        texts = {k: repr(v) if k in online else f"{v:.8g}" for k, v in values.items()}  # online ones are exact
+        self.directory.train.append_mapping({"step": position.step, "phase": phase, **texts})
         if self._tensorboard() is not None:
             for key, value in values.items():
                 self._writer.add_scalar(f"train/{key}", value, position.step)
@@ -709,8 +790,8 @@ class Loop:
         return self._writer
 
     def _close(self) -> None:
-        self.directory.eval.sync()
-        self.directory.train.sync()
+        for log in (self.directory.eval, self.directory.train, self.directory.probe):
+            log.sync()
         if self._writer is not None:
             self._writer.close()
         for env in self._eval_envs.values():

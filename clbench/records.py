@@ -29,6 +29,7 @@ from clbench.errors import ClbenchError, ConfigError, DataError
 from clbench.version import __version__
 
 EVAL_HEADER = ("phase", "visit", "step", "task", "episode", "score", "return", "length")
+PROBE_HEADER = ("phase", "step", "task", "layer", "measure", "value")
 CHECKPOINT_FORMAT = 1
 
 
@@ -294,6 +295,7 @@ class RunDirectory:
         self.stream, self.checkpoint = path / "stream.json", path / "checkpoint.pt"
         self.eval = GrowingCsv(path / "eval.csv", EVAL_HEADER)
         self.train = GrowingCsv(path / "train.csv", ("step", "phase"))
+        self.probe, self.features = GrowingCsv(path / "probe.csv", PROBE_HEADER), path / "features"
         self._made = [p for p in (path, *path.parents) if not p.exists()]  # folders that a refused run takes away again
         self._lock: Any = None
 
@@ -340,8 +342,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Close the logs and release the lock; a folder without a run is left without a trace."""
-        self.eval.close()
-        self.train.close()
+        for log in (self.eval, self.train, self.probe):
+            log.close()
         if self._lock is not None:
             if not self.config.exists():
                 (self.path / ".lock").unlink(missing_ok=True)
@@ -358,9 +360,11 @@ class RunDirectory:
         """
         events = self.path.glob("events.out.tfevents.*")
         pages = [self.path / name for name in ("rollout.png", "planning.png", "report.html")]
-        logs = self.eval.path, self.train.path
+        logs = self.eval.path, self.train.path, self.probe.path, *self.features.glob("*.npz")
         for file in (self.checkpoint, self.results, self.timing, *logs, *pages, *events, self.stream, self.config):
             file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or it holds something else
+            self.features.rmdir()
 
     def status(self) -> str | None:
         """``"complete"``, ``"interrupted"``, or ``None`` for a folder without a run."""

@@ -7,27 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-
-@torch.no_grad()
-def rankme(z: Tensor, eps: float = 1e-7) -> float:
-    """Effective rank exp(-sum_k p_k log p_k) with p_k = s_k / sum_j s_j + eps, s the singular values of ``z``.
-
-    RankMe (Garrido et al. 2023, arXiv 2210.02885), definition 1; the smooth rank of Roy & Vetterli (2007). Between 1 and
-    min(N, D); not centred, as in the paper.
-
-    Args:
-        z: (N, D...); use a few hundred rows, the rank cannot exceed their number.
-        eps: of the paper.
-
-    Returns:
-        NaN for latents that are not finite or all zero.
-    """
-    z = z.flatten(1).to(torch.float64)
-    if not bool(torch.isfinite(z).all()) or not bool(z.any()):
-        return math.nan
-    s = torch.linalg.svdvals(z)
-    p = s / s.sum() + eps
-    return float(torch.exp(-(p * p.log()).sum()))
+from clbench.metrics.features import rankme, ridge_weights
 
 
 @torch.no_grad()
@@ -62,17 +42,9 @@ def probe_r2(z: Tensor, state: Tensor, *, ridge: float = 1e-4) -> float:
     scale = x[::2].std(0, correction=0)
     x = (x - x_mean) / torch.where(scale > 1e-8, scale, 1.0)
     fit, held_out, target = x[::2], x[1::2], y[1::2]
-    weights = _ridge(fit, y[::2] - y_mean, ridge * len(fit))
+    weights = ridge_weights(fit, y[::2] - y_mean, ridge * len(fit))
     error = (target - (held_out @ weights + y_mean)).square().sum(0)
     return float((1 - error / (target - target.mean(0)).square().sum(0)).mean())
-
-
-def _ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
-    """(x^T x + penalty)^-1 x^T y, through the smaller of the two Gram matrices."""
-    n, d = x.shape
-    if d > n:
-        return x.T @ torch.linalg.solve(x @ x.T + penalty * torch.eye(n, dtype=x.dtype, device=x.device), y)
-    return torch.linalg.solve(x.T @ x + penalty * torch.eye(d, dtype=x.dtype, device=x.device), x.T @ y)
 
 
 def diagnose(z: Tensor, state: Tensor | None = None) -> dict[str, float]:

@@ -72,12 +72,22 @@ class MLP(nn.Module):
         """What the last layer sees: (..., sizes[0]) -> (..., sizes[-2])."""
         return self._through(x, len(self.layers) - 1)
 
+    def hidden(self, x: Tensor) -> list[Tensor]:
+        """The outputs of all layers but the last, each (..., n)."""
+        found = []
+        for i in range(len(self.layers) - 1):
+            x = self._layer(i, x)
+            found.append(x)
+        return found
+
     def _through(self, x: Tensor, count: int) -> Tensor:
         for i in range(count):
-            x = self.layers[i](x)
-            if i < len(self.norms):
-                x = self.norms[i](self.activation(x))
+            x = self._layer(i, x)
         return x
+
+    def _layer(self, i: int, x: Tensor) -> Tensor:
+        x = self.layers[i](x)
+        return self.norms[i](self.activation(x)) if i < len(self.norms) else x
 
 
 def count_parameters(module: nn.Module) -> int:

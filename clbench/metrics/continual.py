@@ -15,8 +15,9 @@ Conventions, without exception:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -121,6 +122,126 @@ def zero_shot_transfer(r: np.ndarray, visits: Visits) -> float | None:
     if np.isnan(r[0, tasks]).any():  # there was no evaluation before training
         return None
     return _mean(r[visits.first[tasks] - 1, tasks] - r[0, tasks])
+
+
+def intransigence(r: np.ndarray, visits: Visits, best: np.ndarray) -> float | None:
+    """``I = mean_{j in V} (p*_j - R[a_j, j])``: how far new tasks stay below ``p*``. Chaudhry et al. 2018 (RWalk).
+
+    Theirs is the ``p*_j`` of a model trained on tasks 1 to j together. Here it is whatever ``best`` holds;
+    :func:`compute_metrics` takes the final score of the single-task reference (:func:`reference_scores`), so that
+    ``I = mean_j p*_j - LA``. The final scores of a run of protocol ``joint`` (all T tasks together) may be given as well.
+
+    Args:
+        r: performance matrix (P+1, T).
+        best: ``p*`` (T,), NaN where it is not known.
+    """
+    tasks = np.flatnonzero(visits.visited)
+    return _mean(best[tasks] - r[visits.first[tasks], tasks])
+
+
+def warm_start_gap(r: np.ndarray, visits: Visits, fresh: np.ndarray) -> float | None:
+    """``G = mean_{j: a_j >= 2} (fresh_j - R[a_j, j])``: what a fresh network reaches beyond the trained one.
+
+    Both after the same training on the same new task. The first task is left out: there the two are the same network.
+    Ash & Adams 2020 (On warm-starting neural network training), whose second task holds the data of the first.
+
+    Args:
+        r: performance matrix (P+1, T).
+        fresh: final scores (T,) of a fresh agent on each task alone, see :func:`reference_scores`.
+    """
+    tasks = np.flatnonzero(visits.first >= 2)
+    return _mean(fresh[tasks] - r[visits.first[tasks], tasks])
+
+
+def reference_scores(reference: EvalLog, tasks: Sequence[str]) -> np.ndarray:
+    """(T,) final score of each task in a run of protocol ``independent``; NaN for tasks that it did not train.
+
+    Raises:
+        DataError: a task is evaluated in several training phases, as no such run does.
+    """
+    trained = {e.task for e in reference.evaluations if e.phase > 0}
+    return np.array([_reference_points(reference, t)[-1][1] if t in trained else np.nan for t in tasks])
+
+
+@dataclass(frozen=True)
+class Relearning:
+    """Of each task that came back: ``first`` and ``again``, the steps to its target score, both (N,).
+
+    Where ``censored`` (N,) the last visit ended before the score was regained: ``again`` is its whole budget, and the
+    true number is larger.
+    """
+
+    tasks: tuple[str, ...]
+    first: np.ndarray
+    again: np.ndarray
+    censored: np.ndarray
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """``again / first`` (N,); at least that where censored."""
+        return self.again / self.first
+
+    @property
+    def median_ratio(self) -> float | None:
+        """Median of the ratios by the estimate of Kaplan & Meier 1958, which knows that censored ones are larger.
+
+        ``None`` where so many are censored that it is not known, or where there are none.
+        """
+        survival = 1.0
+        for value in np.unique(self.ratio[~self.censored]):
+            at_risk = (self.ratio >= value).sum()
+            survival *= 1 - ((self.ratio == value) & ~self.censored).sum() / at_risk
+            if survival <= 0.5 + 1e-12:
+                return float(value)
+        return None
+
+
+def relearning(log: EvalLog, tasks: Sequence[str], phases: Sequence[Phase]) -> Relearning | None:
+    """Steps to regain ``R[a_j, j]`` in the last visit of ``j``, beside the steps that it took in the first one.
+
+    Tasks that something else was trained between the first and the last visit of. Steps count from the start of the
+    visit, whose evaluation is that at the end of the phase before, to the first evaluation that reaches the score; so
+    their resolution is ``eval_every``. Tasks whose first visit had nothing to learn (the score was there at its start)
+    are left out. ``None`` where an evaluation is missing.
+    """
+    finished = finished_phases(log, phases)
+    done, ends = phases[:finished], phase_ends(log, phases)
+    visits = find_visits(tasks, done)
+    names, first, again, censored = [], [], [], []
+    for name, a, last in zip(tasks, visits.first.tolist(), visits.last.tolist(), strict=True):
+        if not any(name not in p.tasks for p in done[a:last]):
+            continue
+        start = last
+        while name in done[start - 2].tasks:  # phases without a break are one visit
+            start -= 1
+        before = _phase_points(log, name, a, ends[a - 1])
+        parts = [_phase_points(log, name, p, ends[start - 1]) for p in range(start, last + 1)]
+        after = [point for part in parts for point in part]
+        scores = np.array([score for _, score in before + after])
+        if np.isnan(scores).any() or not before or not after or before[0][0] != 0 or after[0][0] != 0:
+            return None
+        target = before[-1][1]
+        needed = next(step for step, score in before if score >= target)
+        if needed == 0:
+            continue
+        regained = [step for step, score in after if score >= target]
+        names.append(name)
+        first.append(needed)
+        again.append(regained[0] if regained else after[-1][0])
+        censored.append(not regained)
+    return Relearning(tuple(names), np.array(first, float), np.array(again, float), np.array(censored, bool))
+
+
+def relearning_savings(log: EvalLog, tasks: Sequence[str], phases: Sequence[Phase]) -> float | None:
+    """``S = 1 - median_j (steps to R[a_j, j] in the last visit / steps to it in the first)``, of tasks that came back.
+
+    Savings of relearning (Ebbinghaus 1885), see :func:`relearning`: 1 if nothing was forgotten, 0 if a task is learned as
+    slowly as at first, below 0 if slower. A median that knows of censored values, never a mean of them; ``None`` where it
+    is not known.
+    """
+    found = relearning(log, tasks, phases)
+    median = None if found is None else found.median_ratio
+    return None if median is None else 1 - median
 
 
 def performance_over_time(log: EvalLog, tasks: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -280,6 +401,8 @@ METRICS = (
     "zero_shot_transfer",
     "min_performance",
     "worst_case_performance",
+    "intransigence",
+    "relearning_savings",
 )
 """The keys of :func:`compute_metrics`, in the order of reports."""
 
@@ -299,8 +422,8 @@ def compute_metrics(
         tasks: names of the stream's tasks.
         phases: what was (to be) trained when. In joint training (a phase with a tuple of tasks) only the final and the
             anytime average have a meaning.
-        reference: the log of the same agent and seed under protocol ``independent``; without it forward transfer is
-            None.
+        reference: the log of the same agent and seed under protocol ``independent``; without it forward transfer and
+            intransigence are None.
         protocol: ``"independent"`` runs train a fresh agent per task, so only the mean of the tasks' final scores is
             defined (``average_performance`` and ``learning_accuracy`` are then the same number).
 
@@ -326,18 +449,22 @@ def compute_metrics(
     result["zero_shot_transfer"] = zero_shot_transfer(r, visits)
     result["min_performance"] = min_performance(log, tasks, done)
     result["worst_case_performance"] = worst_case_performance(log, tasks, done)
-    transfer = _transfer_or_none(log, tasks, done, reference)
+    result["relearning_savings"] = relearning_savings(log, tasks, done)
+    if reference is not None:
+        result["intransigence"] = _or_none(lambda: intransigence(r, visits, reference_scores(reference, tasks)))
+    transfer = _or_none(lambda: forward_transfer(log, tasks, done, reference))
     if transfer is not None:
         result["forward_transfer"] = _mean(transfer.normalised)
         result["forward_transfer_unnormalised"] = _mean(transfer.difference)
     return result
 
 
-def _transfer_or_none(
-    log: EvalLog, tasks: Sequence[str], phases: Sequence[Phase], reference: EvalLog | None
-) -> Transfer | None:
+Value = TypeVar("Value")
+
+
+def _or_none(compute: Callable[[], Value]) -> Value | None:
     """Call :func:`forward_transfer` directly to learn why it is undefined."""
     try:
-        return forward_transfer(log, tasks, phases, reference)
+        return compute()
     except DataError:
         return None

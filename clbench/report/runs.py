@@ -203,7 +203,8 @@ def _why_no_transfer(
 # -- reference runs ------------------------------------------------------------------------------------------------------
 
 # A reference run has the same configuration but for these.
-_REFERENCE_DIFFERS = ("protocol", "schedule", "schedule_options", "references", "checkpoint_seconds", "tensorboard")
+_REFERENCE_DIFFERS = ("protocol", "schedule", "schedule_options", "references", "checkpoint_seconds", "tensorboard",
+                      "probe")  # fmt: skip
 
 
 def _find_references(

@@ -44,8 +44,10 @@ TITLES = {
     "zero_shot_transfer": "Zero-shot transfer",
     "min_performance": "Minimum performance",
     "worst_case_performance": "Worst-case performance",
+    "intransigence": "Intransigence",
+    "relearning_savings": "Relearning savings",
 }
-LOWER_IS_BETTER = frozenset({"forgetting"})
+LOWER_IS_BETTER = frozenset({"forgetting", "intransigence"})
 MAX_PAIRED_AGENTS = 4
 
 
