@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -170,8 +171,12 @@ class Composed(Agent):
 
     def finish_task(self) -> None:
         self.agent.finish_task()
-        for method in self.methods.values():
-            method.finish_task(self._batches())
+        if self._phase != (
+            0,
+            0,
+        ):  # else nothing was learned since the task began, and there are no data to look back on
+            for method in self.methods.values():
+                method.finish_task(self._batches())
         self._data = None
 
     def _batches(self) -> Iterator[Any]:
@@ -270,7 +275,7 @@ def _params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 def field_name(method: str) -> str:
     """The name of a method's options: ``ewc-online`` -> ``ewc_online``, ``my_file:MyMethod`` -> ``MyMethod``."""
-    return method.rpartition(":")[2].replace("-", "_")
+    return re.split("[:.]", method)[-1].replace("-", "_")
 
 
 def compose(agent: str | type[Agent], methods: Sequence[str | type[Method]]) -> type[Agent]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from clbench.testing.agents import check_agent
 from clbench.testing.core import Report, Result
 from clbench.testing.envs import check_env
+from clbench.testing.methods import check_method
 from clbench.testing.planners import check_planner
 from clbench.testing.streams import check_dataset, check_schedule, check_stream
 from clbench.testing.target import run_check
@@ -19,6 +20,7 @@ __all__ = [
     "check_agent",
     "check_dataset",
     "check_env",
+    "check_method",
     "check_planner",
     "check_schedule",
     "check_stream",

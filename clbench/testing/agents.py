@@ -855,10 +855,18 @@ def _resume(case: Case, at: Snapshot) -> None:
         )
 
 
-def attributes(agent: Agent) -> dict[str, Any]:
-    """The attributes of an agent that can be compared: tensors, numbers, containers, and what has a ``state_dict``."""
+def attributes(agent: Any) -> dict[str, Any]:
+    """The attributes of an agent that can be compared: tensors, numbers, containers, and what has a ``state_dict``.
+
+    Where it is composed with continual methods, theirs too.
+    """
     found = {}
+    methods: Mapping[str, Any] = vars(agent).get("methods", {}) if hasattr(agent, "method_classes") else {}
+    for method in methods.values():
+        found |= {f"{type(method).__name__}.{k}": v for k, v in attributes(method).items()}
     for name, value in vars(agent).items():
+        if value is methods:
+            continue
         if isinstance(value, torch.Generator):
             continue  # the loop's generators are saved by the loop
         if hasattr(value, "state_dict"):
@@ -869,7 +877,7 @@ def attributes(agent: Agent) -> dict[str, Any]:
 
 
 def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    names = [f"self.{k}" for k in before if k not in after or difference(before[k], after[k])]
+    names = [k if "." in k else f"self.{k}" for k in before if k not in after or difference(before[k], after[k])]
     return f": {', '.join(names)} {'is' if len(names) == 1 else 'are'} not restored" if names else ""
 
 

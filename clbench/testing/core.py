@@ -242,8 +242,11 @@ def _label(plugin: Any, function: str) -> str:
 
 def _sources(plugin: Any) -> set[str]:
     """The files that a plug-in is written in: its own, and those of its base classes outside the contract."""
+    parts = inspect.getmro(plugin)[:-1] if inspect.isclass(plugin) else (plugin,)
+    for composed in getattr(plugin, "parts", ()):  # an agent with continual methods
+        parts += inspect.getmro(composed)[:-1]
     found = set()
-    for part in inspect.getmro(plugin)[:-1] if inspect.isclass(plugin) else (plugin,):
+    for part in parts:
         try:
             found.add(os.path.realpath(inspect.getsourcefile(part) or ""))
         except (TypeError, OSError):  # built in, typed at a prompt, or a string

@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium
 
+from clbench.agents.continual.method import Method
 from clbench.contracts import Agent, Stream
 from clbench.data.dataset import OfflineDataset
 from clbench.errors import ConfigError, unknown_name
@@ -16,10 +17,11 @@ from clbench.streams.core import Suite
 from clbench.testing.agents import check_agent
 from clbench.testing.core import Report
 from clbench.testing.envs import check_env
+from clbench.testing.methods import check_method
 from clbench.testing.planners import check_planner
 from clbench.testing.streams import check_dataset, check_schedule, check_stream
 
-KINDS = ("agents", "envs", "streams", "schedules", "datasets", "planners")
+KINDS = ("agents", "envs", "streams", "schedules", "datasets", "planners", "methods")
 
 
 def run_check(target: str, *, config: Mapping[str, Any] | None = None) -> Report:
@@ -27,7 +29,7 @@ def run_check(target: str, *, config: Mapping[str, Any] | None = None) -> Report
 
     Args:
         target: a registered name (of any kind; ``"agents/bc"`` says which) or ``"module:attribute"``.
-        config: values of the agent's ``Config``, keywords of the environment, options of the stream, ...
+        config: values of the agent's or method's ``Config``, keywords of the environment, options of the stream, ...
 
     Raises:
         UnknownNameError: nothing of that name.
@@ -37,6 +39,8 @@ def run_check(target: str, *, config: Mapping[str, Any] | None = None) -> Report
     values = dict(config or {})
     if kind == "agents":
         return check_agent(resolve("agents", name), config=values)
+    if kind == "methods":
+        return check_method(resolve("methods", name), config=values)
     if kind == "planners":
         return check_planner(resolve("planners", name))
     checks: dict[str, Callable[..., Report]] = {
@@ -71,6 +75,8 @@ def _kind(target: str) -> tuple[str, str]:
 def _kind_of(plugin: Any, target: str) -> str:
     """The kind of an object: by its base class, else by its methods, else by its arguments and what it returns."""
     if inspect.isclass(plugin):
+        if issubclass(plugin, Method) or hasattr(plugin, "after_backward"):
+            return "methods"
         if issubclass(plugin, Agent) or (hasattr(plugin, "act") and hasattr(plugin, "learn")):
             return "agents"
         if issubclass(plugin, gymnasium.Env) or (hasattr(plugin, "step") and hasattr(plugin, "reset")):
@@ -87,7 +93,7 @@ def _kind_of(plugin: Any, target: str) -> str:
         if Suite.__name__ in returned or Stream.__name__ in returned or "rng" in signature.parameters:
             return "streams"
     raise ConfigError(
-        f"{target!r} is {plugin!r}, which is no plug-in: give an Agent class, an environment class, a Planner "
-        "class, a function that returns a Suite, a Stream or an OfflineDataset (with that return annotation), or a "
+        f"{target!r} is {plugin!r}, which is no plug-in: give an Agent class, a Method class, an environment class, a "
+        "Planner class, a function that returns a Suite, a Stream or an OfflineDataset (with that return annotation), or a "
         "schedule."
     )
