@@ -218,7 +218,8 @@ def relearning(log: EvalLog, tasks: Sequence[str], phases: Sequence[Phase]) -> R
         parts = [_phase_points(log, name, p, ends[start - 1]) for p in range(start, last + 1)]
         after = [point for part in parts for point in part]
         scores = np.array([score for _, score in before + after])
-        if np.isnan(scores).any() or not before or not after or before[0][0] != 0 or after[0][0] != 0:
+        starts = before[:1] + after[:1]
+        if [step for step, _ in starts] != [0, 0] or before[-1][0] < ends[a] - ends[a - 1] or np.isnan(scores).any():
             return None
         target = before[-1][1]
         needed = next(step for step, score in before if score >= target)
