@@ -12,7 +12,7 @@ from torch import Tensor
 from clbench.agents.continual.method import Method
 from clbench.agents.continual.packnet import PackNet
 from clbench.agents.continual.si import SI
-from clbench.contracts import TaskInfo
+from clbench.contracts import Experience, TaskInfo
 
 CALLS: list[tuple[str, str]] = []
 
@@ -94,7 +94,7 @@ def interrupted(lab: SimpleNamespace, tiny: SimpleNamespace, method: Any, stop: 
         agent, rng = make(lab, method, **options), lab.generator(1)
         lab.phase(agent, lab.data(0), 10, 0)
         agent.start_task(TaskInfo(1))
-        learning = agent.learn(SimpleNamespace(dataset=lab.data(1), env=None), 10, rng=rng)
+        learning = agent.learn(Experience(dataset=lab.data(1)), 10, rng=rng)
         for _ in range(stop if resume else 10):
             next(learning)
         if resume:

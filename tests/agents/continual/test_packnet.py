@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clbench.agents.continual.packnet import PackNet, is_matrix
 from clbench.agents.jepa.layers import StackedLayerNorm, StackedLinear
-from clbench.contracts import Spaces, TaskInfo
+from clbench.contracts import Experience, Spaces, TaskInfo
 from clbench.data.dataset import OfflineDataset
 from clbench.errors import ConfigError
 
@@ -162,6 +162,36 @@ def test_a_world_model_predicts_and_plans_the_same(lab: SimpleNamespace, members
     assert buffers[0] and all(lab.equal(buffers[0], later) for later in buffers)
 
 
+SB3: dict[str, dict[str, Any]] = {
+    "sb3-ppo": {"rollout_steps": 16, "batch_size": 8, "n_epochs": 2, "hidden": (8,), "lr": 1e-2},
+    "sb3-sac": {"buffer_size": 60, "learning_starts": 20, "batch_size": 8, "hidden": (8,), "lr": 1e-2},
+}
+
+
+@pytest.mark.parametrize("name", SB3)
+def test_what_an_online_agent_does_on_finished_tasks_never_changes(
+    lab: SimpleNamespace, tiny: SimpleNamespace, name: str
+) -> None:
+    env = tiny.Line(2)
+    env.reset(seed=1)
+    agent = lab.composed(name, ["packnet"], spaces=env.spaces, agent=SB3[name], packnet={"tasks": 3})
+    obs = torch.rand(20, 2, generator=lab.generator(3)) * 2 - 1
+    first, before = torch.ones(20, dtype=torch.bool), {}
+
+    def act(task: int | None) -> Tensor:
+        ids = None if task is None else torch.full((20,), task)
+        return agent.act(obs, None, first, rng=lab.generator(0), task=ids)[0]
+
+    for k in range(3):
+        agent.start_task(TaskInfo(k))
+        for _ in agent.learn(Experience(env=env), 48, rng=lab.generator(k)):
+            pass
+        agent.finish_task()
+        before[k] = act(k)
+        assert all(torch.equal(act(old), actions) for old, actions in before.items())
+        assert all(not torch.equal(act(None), before[old]) for old in range(k))
+
+
 # -- capacity -----------------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +236,7 @@ def test_what_is_kept_is_trained_for_the_rest_of_the_phase(lab: SimpleNamespace)
     agent = toy(lab, agent=ADAM, prune_at=0.5)
     agent.start_task(TaskInfo(0))
     nonzero, owners, weights = [], [], []
-    learning = agent.learn(SimpleNamespace(dataset=lab.data(0), env=None), 20, rng=lab.generator(0))
+    learning = agent.learn(Experience(dataset=lab.data(0)), 20, rng=lab.generator(0))
     for _ in learning:
         weights.append(lab.weights(agent)[0])
         nonzero.append(int((weights[-1] != 0).sum()))
