@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -200,10 +200,7 @@ class Composed(Agent):
         ids = [None] if task is None else task.unique().tolist()
         actions: Tensor | None = None
         for each in ids:
-            with contextlib.ExitStack() as stack:
-                for view in (m.view(each) for m in self.methods.values()):
-                    if view is not None:
-                        stack.enter_context(view)
+            with self._viewed(each):
                 found, kept[each] = plainly(memories.get(each))
             if actions is None or task is None:
                 actions = found
@@ -212,6 +209,35 @@ class Composed(Agent):
                 actions = torch.where(mine, found, actions)
         assert actions is not None
         return actions, {**memories, **kept}
+
+    @contextlib.contextmanager
+    def _viewed(self, task: int | None) -> Iterator[None]:
+        """The network as methods want it for ``task``."""
+        with contextlib.ExitStack() as stack:
+            for view in (m.view(task) for m in self.methods.values()):
+                if view is not None:
+                    stack.enter_context(view)
+            yield
+
+    @property
+    def probe(self) -> Callable[[Any, Tensor | None], Mapping[str, Tensor]]:
+        """The agent's ``probe``, if it has one, with the network as methods want it for each row's task."""
+        own = self.agent.probe  # type: ignore[attr-defined]
+
+        def probe(obs: Any, task: Tensor | None = None) -> Mapping[str, Tensor]:
+            layers: dict[str, Tensor] = {}
+            for each in [None] if task is None else task.unique().tolist():
+                with self._viewed(each):
+                    found = own(obs, task)
+                for name, values in found.items():
+                    h = values
+                    if name in layers and task is not None:
+                        mine = (task == each).reshape(-1, *(1,) * (h.ndim - 1))
+                        h = torch.where(mine, h, layers[name])
+                    layers[name] = h
+            return layers
+
+        return probe
 
     # -- state ----------------------------------------------------------------------------------------------------------
 
