@@ -82,8 +82,9 @@ ROWS: dict[str, Row] = {
     "UER": Row(("uer",)),
     "UPGD": Row(("upgd",), "lr", (0.03, 0.1, 0.3)),
     "UPGD (features)": Row(("upgd-feature",), "lr", (0.03, 0.1, 0.3)),
-    "continual backprop": Row(("cbp",), "rate", (1e-5, 1e-4)),
+    "continual backprop": Row(("cbp",), "rho", (1e-5, 1e-4)),
     "shrink and perturb": Row(("shrink-perturb",), "decay", (1e-3, 1e-2)),
+    "shrink and perturb at boundaries": Row(("shrink-perturb-task",), "shrink", (0.5, 0.9)),
     "ReDo": Row(("redo",), "tau", (0.025, 0.1)),
     "L2 to init": Row(("l2-init",), "strength", (1e-4, 1e-3)),
     "independent": Row(protocol="independent"),
@@ -135,6 +136,10 @@ FIVE = {
     "PackNet": Row(("packnet",), options={"tasks": 5}),
     "CLEAR": Row(("clear",), "strength", (1.0, 3.0, 10.0), {"samples": 40}),
 }
+ADAPTIVE = {  # the agents' own optimiser is Adam
+    "UPGD": Row(("upgd",), "sigma", (1e-3,), {"adaptive": True, "lr": 6e-4}),
+    "UPGD (features)": Row(("upgd-feature",), "sigma", (1e-3,), {"adaptive": True, "lr": 6e-4}),
+}
 ONE_HEAD = {"UER": "one output layer only"}
 NO_IDS = {"PackNet": "it needs task ids while acting, which this scenario hides"}
 CONTINUOUS = {"UER": "classes only"}
@@ -148,7 +153,7 @@ ONLINE: dict[str, Row] = {
     "UPGD (features)": Row(("upgd-feature",), "lr", (0.03, 0.1), {"weight_decay": 1e-3, "sigma": 0.1, "beta": 0.999}),
     "SGD, shrink and perturb": Row(("shrink-perturb",), "sigma", (0.01, 0.1), agent_options={**SGD, "lr": 0.03}),
     "SGD, L2 to init": Row(("l2-init",), "strength", (1e-4, 1e-3), agent_options={**SGD, "lr": 0.03}),
-    "SGD, continual backprop": Row(("cbp",), "rate", (1e-5, 1e-4), agent_options={**SGD, "lr": 0.03}),
+    "SGD, continual backprop": Row(("cbp",), "rho", (1e-5, 1e-4), agent_options={**SGD, "lr": 0.03}),
     "SGD, ReDo": Row(("redo",), "tau", (0.0, 0.1), agent_options={**SGD, "lr": 0.03}),
 }
 ONE_BY_ONE: dict[str, Any] = {"hidden": (128, 64), "batch_size": 1, "reset_optimizer": False, "activation": "relu"}
@@ -169,16 +174,16 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "doors-bc": Benchmark(
         "A policy on five layouts of Two-Rooms", "two-rooms-doors", "bc", {"hidden": (256, 256)},
-        {"episodes": 50}, {"reveals": "task_id", "budget": 1000}, without=CONTINUOUS, rows=FIVE,
+        {"episodes": 50}, {"reveals": "task_id", "budget": 500}, without=CONTINUOUS, rows=FIVE,
     ),
     "doors-pldm": Benchmark(
         "A world model on five layouts of Two-Rooms", "two-rooms-doors", "pldm", {}, {"episodes": 10},
         {"reveals": "task_id", "budget": 500}, without=CONTINUOUS, tune=False,
-        rows={**FIVE, "eidetic-pldm": Row(agent="eidetic-pldm")},
+        rows={**FIVE, **ADAPTIVE, "eidetic-pldm": Row(agent="eidetic-pldm")},
     ),
     "minigrid": Benchmark(
         "Five MiniGrid tasks, online", "minigrid-5", "sb3-ppo", {"lr": 6e-4, "batch_size": 256, "ent_coef": 0.01},
-        {"episodes": 20}, {"reveals": "task_id", "budget": 24_576, "num_envs": 16}, tune=False, rows=FIVE,
+        {"episodes": 20}, {"reveals": "task_id", "budget": 16_384, "num_envs": 16}, tune=False, rows={**FIVE, **ADAPTIVE},
         without=dict.fromkeys((*REPLAY, "LwF", "EWC (empirical Fisher)"), "PPO's loss is not open to methods"),
     ),
     "online-inputs": Benchmark(
