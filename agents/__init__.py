@@ -57,4 +57,17 @@ METHODS: dict[str, tuple[str, str]] = {
     "a-gem": ("clbench.agents.continual.agem:AGEM", "gradients projected so that the loss on the past does not rise"),
     "lwf": ("clbench.agents.continual.lwf:LwF", "distillation from the old network on the new task's data"),
     "clear": ("clbench.agents.continual.clear:CLEAR", "behaviour cloning of stored outputs of finished tasks"),
+    "upgd": ("clbench.agents.continual.upgd:WeightUPGD", "utility-based perturbed gradient descent, per weight"),
+    "upgd-feature": ("clbench.agents.continual.upgd:FeatureUPGD", "utility-based perturbed gradient descent, per unit"),
+    "shrink-perturb": (
+        "clbench.agents.continual.shrink_perturb:ShrinkPerturb",
+        "weights shrink and are stirred after every update",
+    ),
+    "shrink-perturb-task": (
+        "clbench.agents.continual.shrink_perturb:TaskShrinkPerturb",
+        "weights shrink and are stirred at each boundary",
+    ),
+    "l2-init": ("clbench.agents.continual.l2_init:L2Init", "L2 regularisation towards the initial weights"),
+    "redo": ("clbench.agents.continual.redo:ReDo", "dormant hidden units are made anew"),
+    "cbp": ("clbench.agents.continual.cbp:CBP", "continual backpropagation: the least useful units are made anew"),
 }
