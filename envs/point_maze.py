@@ -38,7 +38,7 @@ from torch import Tensor
 
 from clbench.envs.goal_grid import GoalGrid, lattice
 from clbench.envs.seeding import AUTORESETS, EpisodeSeeds, check_batch, split_options
-from clbench.envs.two_rooms import FramePool
+from clbench.envs.two_rooms import FramePool, check_dynamics
 from clbench.errors import ConfigError, ContractError, DataError, unknown_name
 from clbench.rng import hash_uniform
 from clbench.streams.maze_layouts import CELLS, PUBLISHED, SIDE, far_pairs, layout_code, path_lengths
@@ -180,7 +180,9 @@ def _length(vectors: Tensor) -> Tensor:
     return (vectors[:, 0] ** 2 + vectors[:, 1] ** 2).sqrt()
 
 
-def simulation_step(position: Tensor, velocity: Tensor, force: Tensor, solid: Tensor) -> tuple[Tensor, Tensor]:
+def simulation_step(
+    position: Tensor, velocity: Tensor, force: Tensor, solid: Tensor, damping: float = DAMPING
+) -> tuple[Tensor, Tensor]:
     """One step of 0.01 s.
 
     Args:
@@ -188,17 +190,18 @@ def simulation_step(position: Tensor, velocity: Tensor, force: Tensor, solid: Te
         velocity: (2, B) float64.
         force: (2, B) float64.
         solid: (B,), see :func:`ring_code`; 0 is empty space.
+        damping: force per speed.
 
     Returns:
         position (2, B), velocity (2, B).
     """
     velocity = velocity.clamp(-MAX_SPEED, MAX_SPEED)
-    acceleration = (force - DAMPING * velocity) / MASS
+    acceleration = (force - damping * velocity) / MASS
     if acceleration.is_cpu:
         _push_back(acceleration, velocity, position, solid)
     else:  # all rows, so that nothing waits for the device
         acceleration = contact_acceleration(acceleration, velocity, *_contacts(position, solid))
-    velocity = velocity + TIMESTEP * MASS / (MASS + TIMESTEP * DAMPING) * acceleration
+    velocity = velocity + TIMESTEP * MASS / (MASS + TIMESTEP * damping) * acceleration
     return position + TIMESTEP * velocity, velocity
 
 
@@ -224,13 +227,15 @@ def _push_back(acceleration: Tensor, velocity: Tensor, position: Tensor, solid: 
 
 
 def move(
-    position: Tensor, velocity: Tensor, action: Tensor, solid: Tensor, repeat: int = ACTION_REPEAT
-) -> tuple[Tensor, Tensor]:
-    """``repeat`` simulation steps with one action; float32 in and out, (2, B) each, actions are clipped to +-1."""
-    force = GEAR * action.to(torch.float64).clamp(-1, 1)
+    position: Tensor, velocity: Tensor, action: Tensor, solid: Tensor, repeat: int = ACTION_REPEAT, gain: float = 1.0,
+    damping: float = DAMPING,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``repeat`` simulation steps with one action; float32 in and out, (2, B) each. Actions are clipped to +-1, then
+    multiplied by ``gain``."""
+    force = gain * GEAR * action.to(torch.float64).clamp(-1, 1)
     position, velocity = position.to(torch.float64), velocity.to(torch.float64)
     for _ in range(repeat):
-        position, velocity = simulation_step(position, velocity, force, solid)
+        position, velocity = simulation_step(position, velocity, force, solid, damping)
     return position.to(torch.float32), velocity.to(torch.float32)
 
 
@@ -339,6 +344,8 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
         action_repeat: simulation steps per step.
         max_episode_steps: steps until truncation, or ``None``.
         terminate_on_success: whether reaching the goal ends the episode.
+        action_gain: factor of actions, after they were clipped; -1 reverses them.
+        damping: force per speed, >= 0; D4RL has 1, which halves a speed in 2.9 s.
         render_mode: for Gymnasium; :meth:`render` always works.
 
     Raises:
@@ -355,6 +362,8 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
         action_repeat: int = ACTION_REPEAT,
         max_episode_steps: int | None = 200,
         terminate_on_success: bool = True,
+        action_gain: float = 1.0,
+        damping: float = DAMPING,
         render_mode: str | None = None,
     ):
         if observation not in OBSERVATIONS:
@@ -362,6 +371,8 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
         for name, count in (("max_episode_steps", max_episode_steps), ("action_repeat", action_repeat)):
             if count is not None and count < 1:
                 raise ConfigError(f"PointMaze: {name} must be at least 1, got {count}.")
+        check_dynamics("PointMaze", action_gain, damping=damping)
+        self.action_gain, self.damping = float(action_gain), float(damping)
         self.device = check_batch(num_envs, device, autoreset)
         self.num_envs, self.autoreset = num_envs, autoreset
         self.max_episode_steps, self.terminate_on_success = max_episode_steps, terminate_on_success
@@ -526,7 +537,7 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
         """
         action = self._columns(actions)
         self._position, self._velocity = move(
-            self._position, self._velocity, action, self._solid, repeat=self.action_repeat
+            self._position, self._velocity, action, self._solid, self.action_repeat, self.action_gain, self.damping
         )
         self._steps += 1
         success = self._at_goal()
@@ -605,7 +616,8 @@ class PointMazeVectorEnv(gymnasium.vector.VectorEnv):
         return SIDE * row + column
 
     def _pull(self, target: Tensor) -> Tensor:
-        return (STIFF * (target - self._position) - DAMP * self._velocity).clamp(-1, 1).t().contiguous()
+        pull = (STIFF * (target - self._position) - DAMP * self._velocity) / self.action_gain
+        return pull.clamp(-1, 1).t().contiguous()
 
     # -- pictures, state --------------------------------------------------------------------------------------------
 

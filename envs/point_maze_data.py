@@ -15,6 +15,7 @@ from torch import Tensor
 from clbench.data.dataset import OfflineDataset, Rendered
 from clbench.envs.point_maze import (
     CONTACT,
+    DAMPING,
     JITTER,
     MAX_SPEED,
     OBSERVATIONS,
@@ -24,6 +25,7 @@ from clbench.envs.point_maze import (
     ring_code,
     wall_distance,
 )
+from clbench.envs.two_rooms import check_dynamics
 from clbench.errors import ConfigError, unknown_name
 from clbench.rng import numpy_generator
 from clbench.streams.maze_layouts import SIDE, layout_code, layout_text, path_lengths, training_layouts
@@ -35,6 +37,8 @@ def point_maze(
     transitions: int = 1_000_000,
     steps: int = 100,
     observation: str = "state",
+    action_gain: float = 1.0,
+    damping: float = DAMPING,
     seed: int = 0,
 ) -> OfflineDataset:
     """Random actions in PointMaze, a pure function of the arguments.
@@ -49,6 +53,8 @@ def point_maze(
         transitions: ``N``; if it is no multiple of ``steps``, the last episode is cut short.
         steps: actions per episode, ``T``.
         observation: ``"state"``, ``"layout"``, or ``"pixels"`` (rendered from stored positions when a batch is drawn).
+        action_gain: of the environment; actions are drawn alike under all dynamics.
+        damping: of the environment.
         seed: of the generator.
 
     Returns:
@@ -64,6 +70,7 @@ def point_maze(
             raise ConfigError(f"point-maze: {name} must be at least 1, got {value}.")
     if observation not in OBSERVATIONS:
         raise unknown_name("value of observation", str(observation), OBSERVATIONS, where="data set 'point-maze'")
+    check_dynamics("point-maze", action_gain, damping=damping)
     texts = training_layouts(layouts) if isinstance(layouts, int) else (layouts,)
     codes = torch.tensor([layout_code(text) for text in texts])
     rng = numpy_generator(seed, "point-maze", "data")
@@ -71,7 +78,7 @@ def point_maze(
     layout = codes[torch.arange(count) % len(codes)]
     position, velocity = _starts(rng, layout)
     actions = _actions(rng, count, steps)
-    states = _roll(position, velocity, actions, layout)
+    states = _roll(position, velocity, actions, layout, action_gain, damping)
 
     lengths = torch.full((count,), steps)
     lengths[-1] = transitions - (count - 1) * steps
@@ -96,6 +103,7 @@ def point_maze(
         metadata={
             "generator": "point-maze", "layouts": [layout_text(c) for c in codes.tolist()], "transitions": transitions,
             "steps": steps, "observation": observation, "seed": seed,
+            **({} if (action_gain, damping) == (1, DAMPING) else {"action_gain": action_gain, "damping": damping}),
         },
     )  # fmt: skip
 
@@ -144,14 +152,16 @@ def _float32(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(np.float32, order="C"))
 
 
-def _roll(position: Tensor, velocity: Tensor, actions: Tensor, layout: Tensor) -> Tensor:
+def _roll(
+    position: Tensor, velocity: Tensor, actions: Tensor, layout: Tensor, gain: float = 1.0, damping: float = DAMPING
+) -> Tensor:
     """Apply actions (E, T, 2) from the first states (2, E) -> states (E, T + 1, 4) float32."""
     solid = ring_code(layout)
     count, steps, _ = actions.shape
     states = torch.empty(count, steps + 1, 4)
     states[:, 0] = torch.cat([position, velocity]).t()
     for t in range(steps):
-        position, velocity = move(position, velocity, actions[:, t].t().contiguous(), solid)
+        position, velocity = move(position, velocity, actions[:, t].t().contiguous(), solid, gain=gain, damping=damping)
         states[:, t + 1] = torch.cat([position, velocity]).t()
     return states
 

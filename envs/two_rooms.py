@@ -182,6 +182,18 @@ def noisy_at_walls(position: Tensor, action: Tensor, layout: Layout, noise: Tens
     return torch.where(down | up, at_jamb, moved).clamp(LOW, HIGH)
 
 
+def displacement(action: Tensor, gain: float, friction: float) -> Tensor:
+    """What actions (2, B) move in free space: ``gain a``, shortened by ``friction`` pixels, to 0 where it is shorter.
+
+    With gain 1 and no friction these are the actions themselves.
+    """
+    if gain == 1 and friction == 0:
+        return action
+    moved = gain * action
+    length = torch.hypot(*moved)
+    return moved * (1 - friction / length.clamp(min=1e-12)).clamp(min=0)
+
+
 AUTORESET_MODES = {"same_step": AutoresetMode.SAME_STEP, "disabled": AutoresetMode.DISABLED}
 COLLISIONS = {"stop": stop_at_walls, "noisy": noisy_at_walls, "cancel": cancel_at_walls}
 
@@ -309,7 +321,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
     shared between steps until a row is reset.
 
     Action: displacement (B, 2) in pixels, nominally within +-1.8 per axis; the environment does not clip it, as the
-    reference.
+    reference. With other dynamics it moves the agent by :func:`displacement`.
 
     Reward: -1 per step, 0 when the goal is reached (the reference's is always 0). Success: mean squared coordinate error
     below 1. Episodes end at success (unless ``terminate_on_success=False``, as in the reference) and are truncated after
@@ -331,6 +343,8 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         terminate_on_success: whether reaching the goal ends the episode.
         goal_sign: add the key ``goal_sign`` (B, 1) to the observations: 1, goals are to be reached. So the spaces are those
             of :class:`clbench.envs.two_rooms_chase.TwoRoomsChaseVectorEnv`, where it is -1.
+        action_gain: factor of actions; -1 reverses them.
+        friction: pixels by which every move is shortened, >= 0.
         render_mode: for Gymnasium; :meth:`render` always works.
 
     Raises:
@@ -354,8 +368,11 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         max_episode_steps: int | None = 200,
         terminate_on_success: bool = True,
         goal_sign: bool = False,
+        action_gain: float = 1.0,
+        friction: float = 0.0,
         render_mode: str | None = None,
     ):
+        check_dynamics("Two-Rooms", action_gain, friction=friction)
         for kind, value, known in (
             ("observation", observation, ("state", "pixels")),
             ("collision", collision, COLLISIONS),
@@ -370,6 +387,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         self.num_envs, self.autoreset = num_envs, autoreset
         self.max_episode_steps, self.terminate_on_success = max_episode_steps, terminate_on_success
         self.noise, self.render_mode = noise, render_mode
+        self.action_gain, self.friction = float(action_gain), float(friction)
         self.pixels = observation == "pixels"
         self._collide = COLLISIONS[collision]
         self.wall_x = _positions("wall_x", wall_x, WALL_RANGE, num_envs).to(self.device)
@@ -498,6 +516,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
 
     def _move(self, action: Tensor) -> None:
         """What one step does to the positions; ``action`` float64 (2, B)."""
+        action = displacement(action, self.action_gain, self.friction)
         noise = self._wall_noise() if self._collide is noisy_at_walls else None
         self._position = self._collide(self._position.to(torch.float64), action, self._layout, noise).to(torch.float32)
 
@@ -565,6 +584,8 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
     def _towards(self, target: Tensor) -> Tensor:
         """The longest actions (B, 2) within the action space that lead towards points (2, B), not beyond them."""
         way = target - self._position
+        if self.action_gain != 1 or self.friction != 0:  # the action whose displacement is the way
+            way = way * (1 + self.friction / torch.hypot(*way).clamp(min=1e-12)) / self.action_gain
         return (way * (MAX_ACTION / way.abs().amax(0)).clamp(max=1)).t().to(torch.float32).contiguous()
 
     # -- pictures, state --------------------------------------------------------------------------------------------
@@ -634,6 +655,15 @@ def observation_space(pixels: bool, goal_sign: bool = False) -> spaces.Dict:
     one = spaces.Box(0, 255, (2, SIZE, SIZE), np.uint8) if pixels else spaces.Box(0.0, float(SIZE), (2,), np.float32)
     keys: dict[str, spaces.Space] = dict.fromkeys(("observation", "achieved_goal", "desired_goal"), one)
     return spaces.Dict(keys | ({"goal_sign": spaces.Box(-1.0, 1.0, (1,), np.float32)} if goal_sign else {}))
+
+
+def check_dynamics(where: str, action_gain: float, **resistance: float) -> None:
+    """Refuse a gain that is 0 or not finite, and resistances (friction, damping) below 0."""
+    if not (action_gain != 0 and math.isfinite(action_gain)):
+        raise ConfigError(f"{where}: action_gain must be a number other than 0, got {action_gain}.")
+    for name, value in resistance.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ConfigError(f"{where}: {name} must be a number >= 0, got {value}.")
 
 
 def _positions(name: str, value: Any, limits: tuple[float, float], num_envs: int) -> Tensor:

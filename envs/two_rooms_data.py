@@ -22,6 +22,8 @@ from clbench.envs.two_rooms import (
     LOW,
     WALL_RANGE,
     Layout,
+    check_dynamics,
+    displacement,
     is_free,
     make_layout,
     render_pixels,
@@ -32,7 +34,10 @@ from clbench.rng import numpy_generator
 STEP_MEAN, STEP_SD, STEP_LOW, STEP_HIGH = 1.0, 0.4, 0.2, 1.8
 DOOR_SD = 1.4
 NOISE = 0.5  # of the rule "noisy"
+NOMINAL = (1.0, 0.0)
 EDGE = 0.01  # forced trajectories start at least this far inside the border
+
+Dynamics = tuple[float, float]  # action gain, friction
 
 
 def two_rooms(
@@ -46,6 +51,8 @@ def two_rooms(
     collision: str = "stop",
     observation: str = "state",
     goal_sign: bool = False,
+    action_gain: float = 1.0,
+    friction: float = 0.0,
     seed: int = 0,
 ) -> OfflineDataset:
     """Random walks in Two-Rooms, a pure function of the arguments.
@@ -64,6 +71,9 @@ def two_rooms(
         collision: rule of :data:`clbench.envs.two_rooms.COLLISIONS`; ``"cancel"`` is the reference's generator.
         observation: ``"state"`` (positions) or ``"pixels"`` (rendered from stored positions when a batch is drawn).
         goal_sign: add the key ``goal_sign`` (N, 1), all 1, as environments with that option have.
+        action_gain: of the environment, which moves by :func:`clbench.envs.two_rooms.displacement`; actions are drawn alike
+            under all dynamics.
+        friction: of the environment.
         seed: of the generator.
 
     Returns:
@@ -77,11 +87,13 @@ def two_rooms(
         "cross_wall_rate": cross_wall_rate, "collision": collision, "observation": observation, "seed": seed,
     }  # fmt: skip
     _check(**settings)
+    check_dynamics("two-rooms", action_gain, friction=friction)
+    dynamics = (action_gain, friction)
     rng = numpy_generator(seed, "two-rooms", "data")
     count = -(-transitions // steps)
     layout = make_layout(wall_x, door_y)
-    start, actions = _plans(rng, count, steps, kappa, cross_wall_rate, wall_x, door_y, layout)
-    states = _roll(start, actions, layout, collision, rng)
+    start, actions = _plans(rng, count, steps, kappa, cross_wall_rate, wall_x, door_y, layout, dynamics)
+    states = _roll(start, actions, layout, collision, rng, dynamics)
 
     lengths = torch.full((count,), steps)
     lengths[-1] = transitions - (count - 1) * steps
@@ -96,7 +108,8 @@ def two_rooms(
 
     return OfflineDataset(
         column(data), actions.reshape(-1, 2)[:transitions], lengths, column(final), name="two-rooms",
-        metadata={"generator": "two-rooms", **settings, **({"goal_sign": True} if goal_sign else {})},
+        metadata={"generator": "two-rooms", **settings, **({"goal_sign": True} if goal_sign else {}),
+                  **({} if dynamics == NOMINAL else {"action_gain": action_gain, "friction": friction})},
     )  # fmt: skip
 
 
@@ -130,14 +143,14 @@ def _check(*, wall_x: float, door_y: float, transitions: int, steps: int, kappa:
 
 
 def _plans(rng: np.random.Generator, count: int, steps: int, kappa: float, cross_wall_rate: float, wall_x: float,
-           door_y: float, layout: Layout) -> tuple[Tensor, Tensor]:  # fmt: skip
+           door_y: float, layout: Layout, dynamics: Dynamics = NOMINAL) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> starts (E, 2) float64, actions (E, T, 2) float32, in random order."""
     forced = round(cross_wall_rate * count)
     faces = float(layout.low[0, 0]), float(layout.high[0, 0])
     plain = count - forced
     parts = [
         (_free_points(rng, plain, faces), _walk(rng, rng.uniform(0, 2 * math.pi, plain), steps, kappa)),
-        _through_door(rng, forced, steps, kappa, faces, wall_x, door_y),
+        _through_door(rng, forced, steps, kappa, faces, wall_x, door_y, dynamics),
     ]
     order = rng.permutation(count)
     starts, actions = (np.concatenate(column)[order] for column in zip(*parts, strict=True))
@@ -172,7 +185,7 @@ def _free_points(rng: np.random.Generator, count: int, faces: tuple[float, float
 
 
 def _through_door(rng: np.random.Generator, count: int, steps: int, kappa: float, faces: tuple[float, float], wall_x: float,
-                  door_y: float) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+                  door_y: float, dynamics: Dynamics = NOMINAL) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Starts (E, 2) and actions (E, T, 2) that pass a point of the door if no wall stops them before.
 
     From the door one walk leads left and one right. The first ``s`` actions of the left walk, reversed, lead to the door;
@@ -190,7 +203,8 @@ def _through_door(rng: np.random.Generator, count: int, steps: int, kappa: float
     backwards = rng.uniform(size=count) < 0.5
     actions = np.where(backwards[:, None, None], -actions[:, ::-1], actions)
     before = np.where(backwards, steps - before, before)
-    path = np.where((np.arange(steps) < before[:, None])[..., None], actions, 0).sum(1, dtype=np.float64)
+    moved = displacement(torch.from_numpy(actions).movedim(-1, 0), *dynamics).movedim(0, -1).numpy()
+    path = np.where((np.arange(steps) < before[:, None])[..., None], moved, 0).sum(1, dtype=np.float64)
     starts = np.clip(door - path, LOW + EDGE, HIGH - EDGE)
     in_strip = (starts[:, 0] > faces[0]) & (starts[:, 0] < faces[1])
     in_wall = in_strip & (np.abs(starts[:, 1] - door_y) > HALF_DOOR)
@@ -199,7 +213,8 @@ def _through_door(rng: np.random.Generator, count: int, steps: int, kappa: float
     return starts, actions
 
 
-def _roll(start: Tensor, actions: Tensor, layout: Layout, collision: str, rng: np.random.Generator) -> Tensor:
+def _roll(start: Tensor, actions: Tensor, layout: Layout, collision: str, rng: np.random.Generator,
+          dynamics: Dynamics = NOMINAL) -> Tensor:  # fmt: skip
     """Apply actions (E, T, 2) from starts (E, 2) -> states (E, T + 1, 2) float32."""
     collide = COLLISIONS[collision]
     count, steps, _ = actions.shape
@@ -208,7 +223,7 @@ def _roll(start: Tensor, actions: Tensor, layout: Layout, collision: str, rng: n
     states[:, 0] = position.t()
     for t in range(steps):
         noise = torch.from_numpy(rng.normal(0.0, NOISE, (2, count))) if collision == "noisy" else None
-        moves = actions[:, t].t().to(torch.float64, memory_format=torch.contiguous_format)
+        moves = displacement(actions[:, t].t().to(torch.float64, memory_format=torch.contiguous_format), *dynamics)
         position = collide(position.to(torch.float64), moves, layout, noise).to(torch.float32)
         states[:, t + 1] = position.t()
     return states

@@ -15,6 +15,14 @@ TABLE: dict[str, tuple[str, str]] = {
         "learn Two-Rooms, then keep away from a chaser without further training",
     ),
     "maze-layouts": ("clbench.streams.maze_layouts:maze_layouts", "PointMaze, 5 layouts (up to 40) as tasks"),
+    "two-rooms-dynamics": (
+        "clbench.streams.two_rooms:two_rooms_dynamics",
+        "Two-Rooms, 5 tasks that differ in what actions do: gain, friction, reversal",
+    ),
+    "point-maze-dynamics": (
+        "clbench.streams.maze_layouts:point_maze_dynamics",
+        "PointMaze, 5 tasks that differ in what actions do: gain, damping, reversal",
+    ),
     "digits-permuted": ("clbench.streams.digits:digits_permuted", "digits under fixed pixel permutations, 10 tasks"),
     "digits-split": (
         "clbench.streams.digits:digits_split",

@@ -1,4 +1,4 @@
-"""Layouts of the Diverse PointMaze, their frozen lists and trials, and the stream ``maze-layouts``.
+"""Layouts of the Diverse PointMaze, their frozen lists and trials; ``maze-layouts`` and ``point-maze-dynamics``.
 
 A layout is the 4 x 4 core of a maze, its rows from top to bottom joined by ``/``, ``#`` a wall and ``O`` free; a ring of
 walls surrounds it. As a number (its *code*), bit ``4 * row + column`` is 1 for a wall. Source: PLDM (Sobal et al. 2025,
@@ -275,3 +275,52 @@ def maze_layouts(
         kwargs = {"layout": layout, "observation": observation}
         tasks.append(Task(f"M{number}", "clbench/PointMaze-v0", kwargs, data, trials.head(episodes), "success"))
     return Suite("maze-layouts", tasks, updates=2000, env_steps=20_000)
+
+
+DYNAMICS: dict[str, dict[str, float]] = {
+    "nominal": {},
+    "gain-0.5": {"action_gain": 0.5},
+    "gain-1.5": {"action_gain": 1.5},
+    "damping-20": {"damping": 20.0},
+    "reversed": {"action_gain": -1.0},
+}
+
+
+def point_maze_dynamics(
+    *, rng: np.random.Generator, layout: int = 1, observation: str = "state", transitions: int = 200_000,
+    episodes: int = 20,
+) -> Suite:  # fmt: skip
+    """Five tasks in one maze that differ in what actions do, not in what is seen.
+
+    ``nominal`` (damping 1); forces of half and of 1.5 times the size; damping 20, which halves a speed in 0.15 s instead of
+    2.9 s; and reversed forces. All tasks have the same frozen trials, those of the layout in ``maze-layouts``.
+
+    Args:
+        rng: draws the seeds of the data sets.
+        layout: number of the training layout, 0 to 39.
+        observation: as in :func:`maze_layouts`.
+        transitions: size of each task's data set.
+        episodes: evaluation episodes per task, the first of the 50 shipped ones.
+
+    Raises:
+        ConfigError: no such layout, more episodes than the list has, or none; an unknown observation.
+    """
+    if observation not in (known := ("state", "layout", "pixels")):
+        raise unknown_name("value of observation", observation, known, where="stream 'point-maze-dynamics'")
+    known_layouts = training_layouts(40)
+    if not 0 <= layout < len(known_layouts):
+        raise ConfigError(f"point-maze-dynamics: layout must be from 0 to {len(known_layouts) - 1}, got {layout}.")
+    trials = training_trials(layout)
+    if not 1 <= episodes <= len(trials):
+        raise ConfigError(
+            f"point-maze-dynamics: episodes must be from 1 to {len(trials)} (the frozen list), got {episodes}."
+        )
+    tasks = []
+    for name, dynamics in DYNAMICS.items():
+        data = dataset_id(
+            "point-maze", layouts=known_layouts[layout], transitions=transitions, observation=observation,
+            seed=int(rng.integers(2**31)), **dynamics,
+        )  # fmt: skip
+        kwargs = {"layout": known_layouts[layout], "observation": observation, **dynamics}
+        tasks.append(Task(name, "clbench/PointMaze-v0", kwargs, data, trials.head(episodes), "success"))
+    return Suite("point-maze-dynamics", tasks, updates=2000, env_steps=20_000)

@@ -1,4 +1,5 @@
-"""The stream ``two-rooms-doors``: Two-Rooms with five positions of the wall and the door."""
+"""Streams of Two-Rooms: ``two-rooms-doors``, five positions of the wall and the door; ``two-rooms-dynamics``, one layout
+where actions come to do something else."""
 
 from __future__ import annotations
 
@@ -14,6 +15,14 @@ from clbench.errors import ConfigError, DataError, unknown_name
 from clbench.streams.core import Suite
 
 LIST = "two_rooms_v1.json"  # made by scripts/make_two_rooms_lists.py
+
+DYNAMICS: dict[str, dict[str, float]] = {
+    "nominal": {},
+    "gain-0.5": {"action_gain": 0.5},
+    "gain-1.5": {"action_gain": 1.5},
+    "friction-0.5": {"friction": 0.5},
+    "reversed": {"action_gain": -1.0},
+}
 
 
 def two_rooms_doors(
@@ -46,6 +55,31 @@ def two_rooms_doors(
         kwargs = {"wall_x": wall_x, "door_y": door_y, "observation": observation}
         tasks.append(Task(name, "clbench/TwoRooms-v0", kwargs, data, evaluation_list(lists, i, episodes), "success"))
     return Suite("two-rooms-doors", tasks, updates=2000, env_steps=20_000)
+
+
+def two_rooms_dynamics(
+    *, rng: np.random.Generator, observation: str = "state", transitions: int = 92_160, episodes: int = 50
+) -> Suite:
+    """Five tasks in PLDM's layout (wall 32, door 10) that differ in what actions do, not in what is seen.
+
+    ``nominal``; moves of half and of 1.5 times the length; friction that shortens every move by half a pixel (moves in the
+    data are 1 pixel long on average); and reversed actions. Data are random walks with the same actions as in
+    ``two-rooms-doors``, and all tasks have the same frozen episodes, so tasks are compared in pairs. No single observation
+    says which task it is; ``--reveals task_id`` does.
+
+    Arguments and errors: as :func:`two_rooms_doors`.
+    """
+    if observation not in ("state", "pixels"):
+        raise unknown_name(
+            "value of observation", observation, ("state", "pixels"), where="stream 'two-rooms-dynamics'"
+        )
+    evaluation = evaluation_list(load_lists(), 0, episodes)
+    tasks = []
+    for name, dynamics in DYNAMICS.items():
+        kwargs = {"wall_x": 32.0, "door_y": 10.0, "observation": observation, **dynamics}
+        data = dataset_id("two-rooms", **kwargs, transitions=transitions, seed=int(rng.integers(2**31)))
+        tasks.append(Task(name, "clbench/TwoRooms-v0", kwargs, data, evaluation, "success"))
+    return Suite("two-rooms-dynamics", tasks, updates=2000, env_steps=20_000)
 
 
 def evaluation_list(lists: dict[str, Any], layout: int, episodes: int) -> TaskList:
