@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from clbench.data.recipes import RECIPES
 from clbench.registry import entries, resolve
-from clbench.testing import check_agent, check_env, run_check
+from clbench.testing import check_agent, check_env, check_method, run_check
 from clbench.testing.fixtures import ALL_FIXTURES, FIXTURES, Fixture
+from clbench.testing.methods import FITS, USUAL
 
 # discrete actions allow awr only; ddpg-bc, the default, is checked in tests/agents/test_gcrl_streams.py
 GOALS: dict[str, Any] = {"hidden": (8,), "batch_size": 8}
@@ -74,6 +76,33 @@ def test_agents(name: str):
 @pytest.mark.parametrize("name", entries("agents"))
 def test_agents_on_every_kind_of_task(name: str):
     check(name, ALL_FIXTURES)
+
+
+# values of options, whatever method has them, that make it quick
+QUICK: dict[str, Any] = {"samples": 8, "memory": 24}
+ONLY_BC = {"uer"}  # its logits are those of a softmax classifier
+
+
+def check_composed(name: str, agents: Sequence[str]) -> set[str]:
+    """The agents that the method fits."""
+    cls = resolve("methods", name)
+    known = {f.name for f in dataclasses.fields(cls.Config)}
+    report = check_method(cls, config={k: v for k, v in QUICK.items() if k in known}, agents=agents)
+    report.raise_if_failed()
+    return {r.subject for r in report.results if r.name == FITS and r.ok}
+
+
+@pytest.mark.parametrize("name", entries("methods"))
+def test_methods(name: str):
+    fits = check_composed(name, USUAL)
+    assert "bc" in fits and (len(fits) > 1 or name in ONLY_BC)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", ["pldm", "sb3-dqn", "sb3-sac"])
+@pytest.mark.parametrize("name", entries("methods"))
+def test_methods_on_more_agents(name: str, agent: str):
+    check_composed(name, ["bc", agent])
 
 
 OTHERS = [(kind, name) for kind in ("envs", "streams", "schedules", "datasets", "planners") for name in entries(kind)]
