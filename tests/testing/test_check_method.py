@@ -54,7 +54,7 @@ class Good(Method):
 
 
 class GoodByTask(Good):
-    """The same, acting with weights of each task's own."""
+    """The same, acting with weights of each task's own: the negative of what they were when it was finished."""
 
     requires = Good.requires | {"task_id"}
     state = (*Good.state, "own", "now")
@@ -69,7 +69,7 @@ class GoodByTask(Good):
 
     def finish_task(self, batches):
         super().finish_task(batches)
-        self.own[str(self.now)] = self.learner.values()
+        self.own[str(self.now)] = [-v for v in self.learner.values()]
 
     def view(self, task):
         return self.learner.holding(self.own[str(task)]) if str(task) in self.own else None
