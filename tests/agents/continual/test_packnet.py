@@ -325,6 +325,22 @@ def test_each_row_acts_with_the_weights_of_its_task(lab: SimpleNamespace) -> Non
     assert lab.equal(before, lab.weights(agent))
 
 
+def test_the_probe_sees_each_row_with_the_weights_of_its_task(lab: SimpleNamespace) -> None:
+    class Probed(lab.Toy):
+        def probe(self, obs: Tensor, task: Tensor | None = None) -> dict[str, Tensor]:
+            return {"features": self.net.features(obs).detach()}
+
+    agent = toy(lab, base=Probed)
+    for k in range(3):
+        lab.phase(agent, lab.data(k), 40, k)
+    x, task = torch.rand(60, 4, generator=lab.generator(1)), torch.arange(60) % 3
+    alone = torch.stack([agent.probe(x, torch.full((60,), k))["features"] for k in range(3)])
+    assert torch.equal(agent.probe(x, task)["features"], alone[task, torch.arange(60)])
+    assert not torch.equal(alone[0], alone[2])
+    assert torch.equal(agent.probe(x)["features"], agent.net.features(x))  # no task: as it is
+    assert not hasattr(toy(lab, base=lab.Toy), "probe")
+
+
 def test_while_a_task_is_trained_it_sees_all_weights(lab: SimpleNamespace) -> None:
     agent = toy(lab)
     lab.phase(agent, lab.data(0), 8, 0)
