@@ -42,6 +42,7 @@ from clbench.report.summary import (
     mean_curves,
     mean_matrix,
     metric_interval,
+    online_interval,
     same_phases,
     task_curves,
     training_bands,
@@ -220,7 +221,7 @@ def _metrics(group: Group) -> str:
         "Mean over seeds with the 95 % percentile-bootstrap interval (whole runs are resampled, 2000 times). IQM: mean of "
         f"the middle half of all run-task pairs. {escape(_transfer_note(group))}"
     )
-    return f"<h3>Metrics</h3>{table(header, rows)}{text}{_more_metrics(group)}"
+    return f"<h3>Metrics</h3>{table(header, rows)}{text}{_more_metrics(group)}{_online(group)}"
 
 
 def _metric_cell(group: Group, label: str, metric: str) -> str:
@@ -243,6 +244,24 @@ def _more_metrics(group: Group) -> str:
     rows = [(escape(label), *(_metric_cell(group, label, m) for m in more)) for label in group.labels]
     values = table(("Agent", *(_metric_title(m) for m in more)), rows)
     return f"<details><summary>More metrics</summary>{values}</details>"
+
+
+def _online(group: Group) -> str:
+    """Accuracy while learning, where agents report it."""
+    if not any(run.online for runs in group.agents.values() for run in runs):
+        return ""
+    keys, k = ("accuracy", "loss_of_plasticity"), max(1, len(group.runs[0].phases) // 4)
+    rows = [
+        (
+            escape(label),
+            *(interval_cell(online_interval(group, label, key), len(group.agents.get(label, ()))) for key in keys),
+        )
+        for label in group.labels
+    ]
+    return table(("Agent", "Online accuracy", "Loss of plasticity"), rows) + caption(
+        "Online accuracy: predictions made before the update on each training sample, all of them. Loss of plasticity: the "
+        f"same in the first {plural(k, 'phase')} minus that in the last {k}; it has a meaning where tasks are exchangeable."
+    )
 
 
 def _runs_cell(group: Group, label: str) -> str:

@@ -13,6 +13,7 @@ from clbench.contracts import Phase
 from clbench.errors import ClbenchError, ConfigError, DataError
 from clbench.metrics.continual import compute_metrics, forward_transfer, unvisited
 from clbench.metrics.log import EvalLog, finished_phases, read_eval_csv
+from clbench.metrics.plasticity import online_results
 from clbench.records import read_json
 
 SCHEMA = 1
@@ -39,6 +40,7 @@ class Run:
     cost: Mapping[str, Any]
     timing: Mapping[str, Any]
     stream: Mapping[str, Any] = field(default_factory=dict)
+    online: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def agent(self) -> str:
@@ -156,6 +158,9 @@ def _load(path: Path) -> Run:
         cost=dict(results.get("cost", {})),
         timing=_optional_json(path / "timing.json"),
         stream=stream,
+        online=online_results(path / "train.csv", len(phases), results.get("status") == "complete") or {}
+        if (path / "train.csv").exists()
+        else {},
     )
 
 

@@ -62,6 +62,12 @@ def metric_interval(group: Group, label: str, metric: str) -> Interval:
     return summarise(values, _rng(metric, label), failures=len(group.excluded.get(label, ())))
 
 
+def online_interval(group: Group, label: str, key: str) -> Interval:
+    """Mean of ``accuracy`` or ``loss_of_plasticity`` of the online results, as :func:`metric_interval`."""
+    values = [run.online.get(key) for run in group.agents.get(label, ())]
+    return summarise(values, _rng("online", key, label), failures=len(group.excluded.get(label, ())))
+
+
 def final_scores(runs: Sequence[Run]) -> np.ndarray | None:
     """Final score per run and task (N, T), over the tasks that all runs visited; ``None`` if one is missing."""
     if not runs:

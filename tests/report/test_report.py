@@ -257,7 +257,7 @@ def test_a_mean_over_some_of_the_runs_says_so(write_run, tmp_path):
             write_run(f"runs/references/r{seed}", protocol="independent", seed=seed)
     paths = find_runs([tmp_path / "runs"])
     page = Checker(write_report(paths, tmp_path / "r.html").read_text()).text
-    assert page.count("2 of 3 runs") == 2, "forward transfer, normalised and not; nothing else"
+    assert page.count("2 of 3 runs") == 3, "forward transfer, normalised and not, and intransigence; nothing else"
     assert report_markdown(paths).count("(2 of 3 runs)") == 1
     write_run("runs/references/r2", protocol="independent", seed=2)
     assert "of 3 runs" not in write_report(paths, tmp_path / "r.html").read_text()
