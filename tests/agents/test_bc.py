@@ -265,6 +265,23 @@ def test_the_optimiser_is_new_for_every_task_unless_told_otherwise(reset: bool) 
     assert bool(agent.state_dict()["optimizer"]["state"]) is not reset
 
 
+# -- probe -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hidden", "names"), [((5, 4), ["hidden-1", "features"]), ((5,), ["features"]), ((), ["features"])]
+)
+def test_the_probe_is_every_hidden_layer_after_its_nonlinearity(hidden: tuple[int, ...], names: list[str]) -> None:
+    agent, x = make(CLASSIFY, hidden=hidden, activation="relu"), torch.rand(30, 2, generator=generator(1)) * 2 - 1
+    found = agent.probe(x)
+    assert list(found) == names and not any(h.requires_grad for h in found.values())
+    expected = agent.policy.encoder(x)
+    for name, layer in zip(names, agent.policy.head.layers[:-1], strict=False):
+        expected = torch.relu(layer(expected))
+        assert torch.equal(found[name], expected)
+    assert torch.equal(agent.policy.outputs(found["features"]), agent.policy(x))  # it is what the output layer sees
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 

@@ -906,3 +906,14 @@ def test_an_architecture_that_is_named_is_not_the_presets() -> None:
     assert (named.architecture.kind, named.architecture.members, named.smoothness) == ("small", 5, 8.1)
     assert PLDM.Config(preset="ant", architecture=Architecture(members=2)).architecture.kind == "state-ensemble"
     assert PLDM.Config().architecture.kind == "small"
+
+
+def test_the_probe_is_the_embedding_that_distances_are_taken_in() -> None:
+    agent, obs = make(), points(5)
+    train(agent, walks(), 2)
+    found = agent.probe(obs)
+    assert list(found) == ["features"] and not found["features"].requires_grad
+    z = agent.model.encode(obs)
+    assert torch.allclose(found["features"], agent.model.goal_features(z).reshape(5, -1), atol=1e-6)
+    alone = agent.probe({k: v[2:3] for k, v in obs.items()})["features"]
+    assert torch.allclose(alone, found["features"][2:3], atol=1e-6)
