@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from clbench.contracts import Agent, Experience, Phase, Spaces, Stream, Task, TaskInfo, VectorEnv
-from clbench.data.dataset import OfflineDataset
+from clbench.data.dataset import OfflineDataset, Rendered
 from clbench.data.fit import check_fits
 from clbench.data.registry import load_dataset
 from clbench.envs.concat import concat
@@ -44,6 +44,7 @@ from clbench.rng import derive_seed, get_global_state, sealed_global_rng, seed_g
 Unit = Literal["updates", "env_steps"]
 SEGMENTS_PER_HIDDEN_PHASE = 10
 LOG_POINTS_PER_PHASE = 200
+KEPT_BYTES = 4 << 30  # of data sets between phases; with hundreds of tasks not all can stay in memory
 YIELDS_PER_UNIT = 10  # an agent that yields more often than this has forgotten to stop
 
 
@@ -147,6 +148,13 @@ def segments_of(stream: Stream, least: int = 1) -> list[tuple[int, int]]:
         count = math.ceil(phase.budget / size)
         segments += [(i, phase.budget * (k + 1) // count - phase.budget * k // count) for k in range(count)]
     return segments
+
+
+def dataset_bytes(data: OfflineDataset) -> int:
+    """Bytes of the columns of a data set, those it draws from included; a column under two names counts once."""
+    columns = list(data.observations.values() if isinstance(data.observations, Mapping) else [data.observations])
+    tensors = [t for c in columns for t in (c.columns.values() if isinstance(c, Rendered) else [c])]
+    return sum(t.nbytes for t in {id(t): t for t in [data.actions, *tensors]}.values())
 
 
 # -- counting ------------------------------------------------------------------------------------------------------------
@@ -531,6 +539,8 @@ class Loop:
             if not self._reveals_task:  # its id says which task it is
                 data.name, data.metadata = "dataset", {}
             self._datasets[task.name] = data
+            while len(self._datasets) > 1 and sum(map(dataset_bytes, self._datasets.values())) > KEPT_BYTES:
+                self._datasets.pop(next(iter(self._datasets)))  # the oldest; made again, the same, when it is needed
         return self._datasets[task.name]
 
     def _task_info(self, phase: Phase) -> TaskInfo:

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from clbench import load_dataset, make_env, make_stream
+from clbench import load_dataset, loop, make_env, make_stream, run
 from clbench.contracts import Stream
 from clbench.data.labelled import load_source
 from clbench.errors import ConfigError, DataError, UnknownNameError
 from clbench.loop import common_spaces
 
 NAMES = ["digits-permuted", "digits-split", "digits-rotated", "digits-online-inputs", "digits-online-labels"]
+SMALL = {"hidden": (16,), "batch_size": 8}
 DRAWN = {"digits-permuted", "digits-online-inputs", "digits-online-labels"}
 
 
@@ -168,3 +169,29 @@ def test_unknown_options_and_sources():
         make_stream("digits-permuted", options={"task": 3})
     with pytest.raises(DataError, match="no labelled source 'mnist'"):
         make_stream("digits-split", options={"source": "mnist"})
+
+
+# -- runs -----------------------------------------------------------------------------------------------------------------
+
+
+def test_data_sets_beyond_the_memory_limit_are_made_again(tmp_path, monkeypatch):
+    """Hundreds of tasks on a large source do not fit at once; that they are dropped changes nothing."""
+    loads = []
+
+    def counted(name, *arguments):
+        loads.append(name)
+        return load_dataset(name, *arguments)
+
+    monkeypatch.setattr(loop, "load_dataset", counted)
+    results = []
+    for folder, limit in (("all", loop.KEPT_BYTES), ("one", 1)):
+        monkeypatch.setattr(loop, "KEPT_BYTES", limit)
+        loads.clear()
+        results.append(
+            run(
+                "digits-online-inputs", "bc", budget=6, schedule="cyclic", eval_every=0, out=tmp_path / folder,
+                stream_options={"tasks": 3}, agent_options=SMALL, tensorboard=False,
+            ).results["matrix"]
+        )  # fmt: skip
+        assert len(loads) == (3 if folder == "all" else 6)
+    assert results[0] == results[1]
