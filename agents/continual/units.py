@@ -361,17 +361,28 @@ class UnitMethod(Method):
         super().__init__(config, learner, rng=rng)
         self.activity = Activity(learner.agent)
         self.activity.on = learner.own_loss is None
+        self._next = False  # whether the agent's loss comes next, and not another method's call of it
+        if learner.own_loss is not None:
+            learner.own_loss = self._watching(learner.own_loss)
+
+    def _watching(self, own_loss: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The agent's loss, during which activity is counted if the agent itself asks for it."""
+
+        def loss(batch: Any) -> Any:
+            self.activity.on, self._next = self._next, False
+            try:
+                return own_loss(batch)
+            finally:
+                self.activity.on = False
+
+        return loss
+
+    def replay(self, batch: Any) -> None:
+        self._next = True
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return optimizers_of(self.learner.agent)
-
-    def replay(self, batch: Any) -> None:
-        self.activity.on = True  # the agent's loss comes next
-
-    def loss(self, base: Tensor, batch: Any) -> Tensor:
-        self.activity.on = self.learner.own_loss is None
-        return base
 
     def places(self, params: Sequence[nn.Parameter]) -> list[int]:
         """The hidden layers whose incoming weights are among ``params``."""
