@@ -161,7 +161,9 @@ def verify_run(path: str | Path, *, probes: int | None = None, device: str | Non
         found = {n: _verify(network, given.get(n, {}), n, probes) for n, network in networks.items()}
         notes = _notes(saved, networks)
     run = {
-        **{k: getattr(config, k) for k in ("stream", "agent", "seed")},
+        "stream": config.stream,
+        "agent": config.label,
+        "seed": config.seed,
         "status": RunDirectory(saved.path).status(),
         "agent_code_changed": _code_changed(saved),
         "provenance": saved.record.get("provenance"),

@@ -485,10 +485,10 @@ def _provenance(group: Group) -> str:
     rows = [(escape(k), escape(_values(str(r.provenance.get(k)) for r in group.runs))) for k in keys]
     settings = [
         (escape(k), f"<code>{escape(_shorten(_values(json.dumps(r.config.get(k)) for r in group.runs), 400))}</code>")
-        for k in sorted({k for r in group.runs for k in r.config} - {"agent", "seed", "agent_options"})
+        for k in sorted({k for r in group.runs for k in r.config} - {"agent", "seed", *OPTIONS, "method"})
     ]
     options = [
-        (escape(label), f"<code>{escape(json.dumps(dict(members[0].config.get('agent_options') or {})))}</code>",
+        (escape(label), f"<code>{escape(json.dumps(_options(members[0])))}</code>",
          escape(_values(str(r.seed) for r in members)))
         for label in group.labels
         for members in [(*group.agents.get(label, ()), *group.excluded.get(label, ()))]
@@ -503,6 +503,14 @@ def _provenance(group: Group) -> str:
     )  # fmt: skip
 
 
+OPTIONS = ("agent_options", "method_options")
+
+
+def _options(run: Run) -> dict[str, Any]:
+    """Of the agent and, by method, of its methods."""
+    return {k: v for name in OPTIONS for k, v in dict(run.config.get(name) or {}).items()}
+
+
 def _values(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
@@ -510,7 +518,9 @@ def _values(values: Iterable[str]) -> str:
 def _command(run: Run) -> str:
     """The command of the run, without agent options that have their default or not (they are in the table above)."""
     config: Mapping[str, Any] = run.config
-    text = f"clbench run {config['stream']} --agent {config['agent']} --seed {run.seed}"
+    text = f"clbench run {config['stream']} --agent {config['agent']}"
+    text += f" --method {','.join(config['method'])}" if config.get("method") else ""
+    text += f" --seed {run.seed}"
     for key, default in (
         ("schedule", "sequential"),
         ("protocol", "sequential"),

@@ -44,7 +44,8 @@ class Run:
 
     @property
     def agent(self) -> str:
-        return str(self.config["agent"])
+        """The agent and its continual methods: ``bc+er+ewc``."""
+        return "+".join((str(self.config["agent"]), *map(str, self.config.get("method") or ())))
 
     @property
     def seed(self) -> int:
@@ -253,7 +254,8 @@ def _fits(folder: Path, record: Mapping[str, Any], stream: Mapping[str, Any], bu
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if k not in _REFERENCE_DIFFERS}
+    without_methods = {"method": [], "method_options": {}}  # runs older than methods do not say so
+    return {k: v for k, v in {**without_methods, **config}.items() if k not in _REFERENCE_DIFFERS}
 
 
 # -- groups --------------------------------------------------------------------------------------------------------------
@@ -333,4 +335,6 @@ def _label(run: Run, namesakes: Sequence[Run]) -> str:
 
 
 def _options(run: Run) -> dict[str, Any]:
-    return {**dict(run.config.get("agent_options") or {}), "num_envs": run.config.get("num_envs")}
+    methods: Mapping[str, Mapping[str, Any]] = run.config.get("method_options") or {}
+    of_methods = {f"{name}.{k}": v for name, options in methods.items() for k, v in options.items()}
+    return {**dict(run.config.get("agent_options") or {}), **of_methods, "num_envs": run.config.get("num_envs")}

@@ -181,6 +181,45 @@ def test_configurations_of_one_agent_are_told_apart(write_run, tmp_path):
     assert list(group.agents) == ["bc (lr=0.1)", "bc (lr=0.2)"]
 
 
+def test_runs_with_continual_methods_are_told_apart(write_run, tmp_path):
+    """One row per agent and methods; a run from before there were methods counts with those that have none."""
+    write_run("old", seed=0)
+    write_run("none", seed=1, method=[], method_options={})
+    replay = {"method": ["er"], "method_options": {"er": {"memory": 200}}}
+    write_run("er", seed=0, **replay)
+    both = {"er": {"memory": 200}, "ewc": {"strength": 1.0}}
+    write_run("both", seed=0, method=["er", "ewc"], method_options=both)
+    (group,) = groups_of(find_runs([tmp_path]))
+    assert {k: [r.seed for r in v] for k, v in group.agents.items()} == {"bc": [0, 1], "bc+er": [0], "bc+er+ewc": [0]}
+    page = write_report(find_runs([tmp_path]), tmp_path / "r.html").read_text()
+    text = Checker(page).text
+    assert "clbench run toy --agent bc --method er,ewc --seed 0" in text
+    assert '"ewc": {"strength": 1.0}' in text
+    assert "| bc+er+ewc |" in report_markdown(find_runs([tmp_path]))
+
+
+def test_options_of_a_method_tell_runs_apart(write_run, tmp_path):
+    for name, memory in (("a", 100), ("b", 500)):
+        write_run(name, method=["er"], method_options={"er": {"memory": memory, "batch_size": 0}})
+    (group,) = groups_of(find_runs([tmp_path]))
+    assert list(group.agents) == ["bc+er (er.memory=100)", "bc+er (er.memory=500)"]
+
+
+def test_a_reference_has_the_same_methods(write_run):
+    run = write_run("runs/toy/bc+er/seed-0", method=["er"], method_options={"er": {"memory": 9}})
+    write_run("runs/references/plain", protocol="independent")
+    write_run("runs/references/larger", protocol="independent", method=["er"], method_options={"er": {"memory": 10}})
+    assert load_run(run).metrics["forward_transfer"] is None
+    write_run("runs/references/right", protocol="independent", method=["er"], method_options={"er": {"memory": 9}})
+    assert load_run(run).metrics["forward_transfer"] is not None
+
+
+def test_a_reference_from_before_there_were_methods_still_fits(write_run):
+    run = write_run("runs/toy/bc/seed-0", method=[], method_options={})
+    write_run("runs/references/old", protocol="independent")
+    assert load_run(run).metrics["forward_transfer"] is not None
+
+
 def test_a_repeated_seed_counts_once(write_run, tmp_path):
     write_run("a", seed=0)
     write_run("b", seed=0)
