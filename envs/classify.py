@@ -48,7 +48,7 @@ class Examples:
         self.shape = (1, *data.x.shape[1:]) if image else (data.x[0].numel(),)
         if image and data.x.ndim != 3:
             raise ConfigError(f"Classify: image=True needs examples (H, W), but {source!r} has vectors.")
-        self.low, self.high = min(0.0, float(data.x.min())), max(1.0, float(data.x.max()))
+        self.low, self.high = _bounds(source)
         self.pixels = _permutation("permutation", permutation, self.table.shape[1], device)
         self.rows = _pool(data, source, split, classes).to(device)
         numbers = _numbers(data.num_classes, classes, relabel)
@@ -60,7 +60,8 @@ class Examples:
 
     def observe(self, rows: Tensor) -> Tensor:
         """Observations (B, D) or (B, 1, H, W) float32 of source rows (B,)."""
-        x = self.table[rows] if self.pixels is None else self.table[rows[:, None], self.pixels]
+        x = self.table.index_select(0, rows)
+        x = x if self.pixels is None else x.index_select(1, self.pixels)
         return x.reshape(-1, *self.shape)
 
 
@@ -264,6 +265,13 @@ def _table(source: str, rotation: float, device: str) -> Tensor:
         turned = ndimage.rotate(x.numpy(), rotation, axes=(1, 2), reshape=False, order=1, mode="constant", cval=0.0)
         x = torch.from_numpy(turned)
     return x.flatten(1).to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _bounds(source: str) -> tuple[float, float]:
+    """Of the observations; kept, as a stream may have hundreds of tasks on one large source."""
+    x = load_source(source).x
+    return min(0.0, float(x.min())), max(1.0, float(x.max()))
 
 
 def _permutation(name: str, seed: int | None, n: int, device: torch.device) -> Tensor | None:
