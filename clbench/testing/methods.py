@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def _name(agent: str | type[Agent]) -> str:
     return agent if isinstance(agent, str) else agent.__name__
 
 
-def case_of(cls: type[Method], config: Mapping[str, Any] | None, agent: str | type[Agent]) -> Case:
+def case_of(cls: type[Method], config: Mapping[str, Any] | None, agent: str | type[Agent]) -> MethodCase:
     """The composition with an agent, watched, on the task that suits the agent.
 
     Raises:
@@ -125,7 +126,7 @@ def case_of(cls: type[Method], config: Mapping[str, Any] | None, agent: str | ty
     options, budget, fixture = AGENTS.get(_name(agent), ({}, 12, None))
     fixture = fixture or next(f for f in (MOVES, GOALS, *ALL_FIXTURES) if composed.requires <= f.offers)
     source = "env" if "env" in composed.requires else "dataset"
-    return Case(
+    return MethodCase(
         composed, {"agent": options, field_name(cls.__qualname__): dict(config or {})}, fixture, source, budget, 4
     )
 
@@ -194,7 +195,7 @@ def _signatures(given: tuple[Any, Any]) -> str | None:
     return None
 
 
-@CLASS_CHECKS.add("Config is a dataclass whose fields all have defaults", needs=IS_METHOD)
+@CLASS_CHECKS.add("its Config is a dataclass whose fields all have defaults", needs=IS_METHOD)
 def _config(given: tuple[Any, Any]) -> str | None:
     same = next(c for c in AGENT_CLASS_CHECKS if c.name.startswith("Config is a dataclass"))
     return same.run(given)
@@ -298,8 +299,17 @@ def _walk(
     return agent, clone(agent.state_dict())
 
 
+class MethodCase(Case):
+    """A composition on one task."""
+
+    @cached_property
+    def walked(self) -> tuple[Agent, dict[str, Any]]:
+        """Three tasks without interruption: the agent, and its state; nobody trains it any further."""
+        return _walk(self)
+
+
 @TASK_CHECKS.add("the agent begins with the weights that it has without the method")
-def _same_start(case: Case) -> str | None:
+def _same_start(case: MethodCase) -> str | None:
     with_method: Any = case.agent()
     plain_class = with_method.agent_class
     case.seed_process()
@@ -313,9 +323,8 @@ def _same_start(case: Case) -> str | None:
 
 
 @TASK_CHECKS.add(LEARNS)
-def _learns(case: Case) -> str | None:
-    agent: Any
-    agent, _ = _walk(case)
+def _learns(case: MethodCase) -> str | None:
+    agent: Any = case.walked[0]
     for name, value in agent.method_costs().items():
         if not (isinstance(value, int) and value >= 0):
             raise Failed(f"method_costs()[{name!r}] is {value!r}; count with learner.count(batch, backward=...).")
@@ -323,8 +332,8 @@ def _learns(case: Case) -> str | None:
 
 
 @TASK_CHECKS.add("stopped in any task, it resumes bit for bit", needs=LEARNS)
-def _resumes(case: Case) -> str | None:
-    _, expected = _walk(case)
+def _resumes(case: MethodCase) -> str | None:
+    expected = case.walked[1]
     moments: list[Moment] = []
 
     def look(task: int, consumed: int, agent: Any, experience: Experience, rng: torch.Generator) -> None:
@@ -370,8 +379,8 @@ def _some(moments: list[Moment]) -> list[Moment]:
 
 
 @TASK_CHECKS.add("a state that was loaded stays as it is", needs=LEARNS)
-def _shares_no_memory(case: Case) -> str | None:
-    _, state = _walk(case)
+def _shares_no_memory(case: MethodCase) -> str | None:
+    state = case.walked[1]
     agent: Any = case.agent(seed=1)
     given = clone(state)
     agent.load_state_dict(given)
@@ -386,7 +395,7 @@ def _shares_no_memory(case: Case) -> str | None:
 
 
 @TASK_CHECKS.add("acting changes nothing, in any task", needs=LEARNS)
-def _acting(case: Case) -> str | None:
+def _acting(case: MethodCase) -> str | None:
     def evaluate(task: int, consumed: int, agent: Any, experience: Experience, rng: torch.Generator) -> None:
         if not consumed or consumed >= case.budget // 2:
             before = clone(agent.state_dict())
@@ -395,17 +404,17 @@ def _acting(case: Case) -> str | None:
             if changed:
                 raise Failed(f"acting changed the agent in task {task + 1}: {changed}; view must put everything back.")
 
-    changed = difference(_walk(case)[1], _walk(case, between=evaluate)[1], "state_dict()")
+    changed = difference(case.walked[1], _walk(case, between=evaluate)[1], "state_dict()")
     if changed:
         raise Failed(f"training with evaluations in between ends differently: {changed}; acting must leave no trace.")
     return None
 
 
 @TASK_CHECKS.add("rows of several tasks act as they do alone", needs=LEARNS)
-def _mixed(case: Case) -> str | None:
+def _mixed(case: MethodCase) -> str | None:
     if "task_id" not in case.cls.requires:
         raise NotApplicable("it does not ask for the task")
-    agent, _ = _walk(case)
+    agent = case.walked[0]
     obs, tasks = case.observation(32), torch.arange(32) % TASKS
     together = _act(case, agent, obs, tasks)
     for each in range(TASKS):

@@ -134,7 +134,7 @@ CLASSES = [
     (UnknownNeed, "requires names only known needs", "'boundaries'"),
     (NoPaper, "it says what it is: summary, paper and formula", "paper"),
     (NoSummary, "it says what it is: summary, paper and formula", "docstring"),
-    (NoDefaults, "Config is a dataclass whose fields all have defaults", "strength"),
+    (NoDefaults, "its Config is a dataclass whose fields all have defaults", "strength"),
     (OldHook, "its hooks take the arguments of the contract", "finish_task(self, batches)"),
 ]
 
