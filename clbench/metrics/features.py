@@ -18,6 +18,7 @@ from clbench.errors import DataError
 
 TAUS = (0.0, 0.025, 0.1)
 """Thresholds of Sokar et al. 2023."""
+RANKME_EPS = 1e-7
 _ROUNDING = 1e-12  # a share that reaches its threshold but for rounding has reached it
 
 
@@ -86,15 +87,16 @@ def effective_rank(h: Tensor) -> float:
 
     Roy & Vetterli 2007 (The effective rank). Between 1 and min(N, D).
     """
-    s = _singular_values(h)
+    return _entropy_rank(_singular_values(h))
+
+
+def _entropy_rank(s: Tensor | None, eps: float = 0.0) -> float:
     if s is None:
         return math.nan
-    q = s / s.sum()
-    return float(torch.exp(torch.special.entr(q).sum()))
+    return float(torch.exp(torch.special.entr(s / s.sum() + eps).sum()))
 
 
-@torch.no_grad()
-def rankme(h: Tensor, eps: float = 1e-7) -> float:
+def rankme(h: Tensor, eps: float = RANKME_EPS) -> float:
     """``exp(-sum_k p_k log p_k)`` with ``p_k = s_k / sum_j s_j + eps``: :func:`effective_rank` but for ``eps``.
 
     RankMe (Garrido et al. 2023, arXiv 2210.02885), definition 1. Not centred, as in the paper.
@@ -103,11 +105,7 @@ def rankme(h: Tensor, eps: float = 1e-7) -> float:
         h: (N, D...); use a few hundred rows, the rank cannot exceed their number.
         eps: of the paper.
     """
-    s = _singular_values(h)
-    if s is None:
-        return math.nan
-    p = s / s.sum() + eps
-    return float(torch.exp(-(p * p.log()).sum()))
+    return _entropy_rank(_singular_values(h), eps)
 
 
 def stable_rank(h: Tensor) -> float:
@@ -115,7 +113,10 @@ def stable_rank(h: Tensor) -> float:
 
     What the code of Dohare et al. 2024 calls stable rank is :func:`srank`.
     """
-    s = _singular_values(h)
+    return _stable_rank(_singular_values(h))
+
+
+def _stable_rank(s: Tensor | None) -> float:
     return math.nan if s is None else float((s / s[0]).square().sum())
 
 
@@ -125,8 +126,7 @@ def srank(h: Tensor, delta: float = 0.01) -> float:
 
     Kumar et al. 2021 (Implicit under-parameterization), there ``srank_delta``.
     """
-    s = _singular_values(h)
-    return math.nan if s is None else _how_many(s, delta)
+    return _how_many(_singular_values(h), delta)
 
 
 def approximate_rank(h: Tensor, delta: float = 0.01) -> float:
@@ -135,10 +135,12 @@ def approximate_rank(h: Tensor, delta: float = 0.01) -> float:
     Yang et al. 2020 (Harnessing structures for value-based planning). Squares fall faster: never above :func:`srank`.
     """
     s = _singular_values(h)
-    return math.nan if s is None else _how_many(s.square(), delta)
+    return _how_many(None if s is None else s.square(), delta)
 
 
-def _how_many(falling: Tensor, delta: float) -> float:
+def _how_many(falling: Tensor | None, delta: float = 0.01) -> float:
+    if falling is None:
+        return math.nan
     share = falling.cumsum(0) / falling.sum()
     return float((share < 1 - delta - _ROUNDING).sum() + 1)
 
@@ -190,16 +192,17 @@ def weight_norms(params: Iterable[Tensor]) -> dict[str, float]:
 
 
 def feature_measures(h: Tensor) -> dict[str, float]:
-    """What a probe writes down of one layer: dormant shares and ranks."""
+    """What a probe writes down of one layer: dormant shares and ranks, all of one decomposition."""
+    s = _singular_values(h)
     return {
         **{f"dormant_{tau:g}": dormant_share(h, tau) for tau in TAUS},
         "rarely_active": rarely_active_share(h),
         "zeros": zero_share(h),
-        "effective_rank": effective_rank(h),
-        "stable_rank": stable_rank(h),
-        "srank": srank(h),
-        "approximate_rank": approximate_rank(h),
-        "rankme": rankme(h),
+        "effective_rank": _entropy_rank(s),
+        "stable_rank": _stable_rank(s),
+        "srank": _how_many(s),
+        "approximate_rank": _how_many(None if s is None else s.square()),
+        "rankme": _entropy_rank(s, RANKME_EPS),
     }
 
 

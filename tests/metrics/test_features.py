@@ -113,6 +113,12 @@ def test_order_and_bounds_of_ranks(shape) -> None:
     assert f.rankme(phi) == pytest.approx(f.effective_rank(phi), rel=1e-3)
 
 
+def test_what_a_probe_writes_is_each_of_them() -> None:
+    h = torch.relu(randn(40, 9) - 1)
+    alone = {r.__name__: r(h) for r in RANKS} | {f"dormant_{t:g}": f.dormant_share(h, t) for t in f.TAUS}
+    assert f.feature_measures(h) == alone | {"rarely_active": f.rarely_active_share(h), "zeros": f.zero_share(h)}
+
+
 def test_there_is_one_rankme() -> None:
     assert diagnostics.rankme is f.rankme
 

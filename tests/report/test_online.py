@@ -5,7 +5,7 @@ import re
 import pytest
 
 from clbench.report import write_report
-from clbench.report.runs import load_run
+from clbench.report.runs import Run, load_run
 
 
 def online(path, accuracies, count=50):
@@ -35,4 +35,5 @@ def test_without_it_nothing_is_shown(write_run, tmp_path):
 def test_an_interrupted_run_has_what_it_finished(write_run, tmp_path):
     path = online(write_run(tmp_path / "runs" / "a", status="interrupted", stop_after=2), [0.9, 0.6])
     run = load_run(path)
+    assert isinstance(run, Run)
     assert run.online["per_phase"] == [pytest.approx(0.9), None, None]
