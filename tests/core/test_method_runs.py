@@ -205,7 +205,19 @@ def test_a_method_whose_state_is_lost_is_noticed(tmp_path: Path) -> None:
 # agent -> a short run on which its methods have more than one task to look back on
 KILLED = {
     "bc": ["digits-permuted", "--budget", "300", "--stream.tasks", "3"],
-    "gcbc": ["two-rooms-doors", "--budget", "300", "--agent.batch-size", "16"],
+    "gcbc": [
+        "two-rooms-doors",
+        "--budget",
+        "300",
+        "--eval-every",
+        "0",
+        "--agent.batch-size",
+        "16",
+        "--stream.episodes",
+        "4",
+        "--stream.transitions",
+        "9216",
+    ],
     "sb3-ppo": ["digits-permuted", "--budget", "400", "--stream.tasks", "3", "--agent.rollout-steps", "64"],
 }
 
