@@ -62,7 +62,7 @@ class Composed(Agent):
             self.agent.loss = self._loss  # type: ignore[attr-defined]
         if self._optimizing() is not None:
             self.agent.new_optimizer = self._new_optimizer  # type: ignore[attr-defined]
-        self._rebuilt()
+        self._equip()
         if hasattr(self.agent, "attach"):
             self.agent.attach(self._rebuilt)  # type: ignore[attr-defined]
 
@@ -96,6 +96,12 @@ class Composed(Agent):
 
     def _rebuilt(self) -> None:
         """The agent's parameters and optimisers are new objects."""
+        for method in self.methods.values():
+            method.rebuilt()
+        self._equip()
+
+    def _equip(self) -> None:
+        """The method's optimiser in place of the agent's, and hooks on it."""
         if self._optimizing() is not None:
             self.agent.optimizer = self._new_optimizer()  # type: ignore[attr-defined]
         self._attach()

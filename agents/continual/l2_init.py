@@ -37,7 +37,10 @@ class L2Init(Method):
 
     def __init__(self, config: Config, learner: Learner, *, rng: torch.Generator):
         super().__init__(config, learner, rng=rng)
-        self.initial = learner.values()
+        self.rebuilt()
+
+    def rebuilt(self) -> None:
+        self.initial = self.learner.values()
 
     def loss(self, base: Tensor, batch: Any) -> Tensor:
         distance = [(p - p0).square().sum() for p, p0 in zip(self.learner.params, self.initial, strict=True)]

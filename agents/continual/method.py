@@ -150,6 +150,10 @@ class Method:
         """The optimiser in place of the agent's; None: the agent's own. At most one method may have one."""
         return None
 
+    def rebuilt(self) -> None:
+        """The agent's networks are new objects with new weights, before anything was learned (Stable-Baselines3's, when
+        the first environment has more rows than expected): take from them again what was taken in ``__init__``."""
+
     # -- state --------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 A hidden unit is an output of a dense layer that another dense layer reads, with an activation and maybe a LayerNorm in
 between. Found are those of :class:`clbench.agents.networks.mlp.MLP`, :class:`clbench.agents.gcrl.networks.MLP`, the
-encoders and predictors of :mod:`clbench.agents.jepa` that are built like the first, and ``nn.Sequential``. Left out are
-convolutions, and units whose reader is another module (the last layer of an encoder).
+encoders and predictors of :mod:`clbench.agents.jepa` that are built like the first, and ``nn.Sequential``, among them those
+of Stable-Baselines3. Left out are convolutions, and units whose reader is another module (the last layer of an encoder).
 """
 
 from __future__ import annotations
@@ -148,12 +148,13 @@ def _chains(agent: Any) -> list[tuple[list[Hidden], Watch]]:
     for layers in (getattr(m, "output_layers", None) for m in modules):
         if layers:
             heads[id(layers[0])] = layers
+    tails = _tails(modules)
     found: list[tuple[list[Hidden], Watch]] = []
     for module in modules:
         if isinstance(module, StackedMLP):
             chain = _stacked_chain(module)
         elif isinstance(module, nn.Sequential):
-            chain = _sequential_chain(module)
+            chain = _sequential_chain(module, tails.get(id(module), []))
         elif isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "activation"):
             chain = _layers_chain(module, heads)
         else:
@@ -177,6 +178,18 @@ def _modules(agent: Any) -> Iterator[nn.Module]:
                 if id(module) not in seen:
                     seen.add(id(module))
                     yield module
+
+
+def _tails(modules: Sequence[Any]) -> dict[int, list[nn.Linear]]:
+    """The layers that read the end of a sequence elsewhere: in the policies of Stable-Baselines3."""
+    tails: dict[int, list[nn.Linear]] = {}
+    for module in modules:
+        body = getattr(module, "mlp_extractor", None)
+        if body is not None:  # PPO
+            tails[id(body.policy_net)], tails[id(body.value_net)] = [module.action_net], [module.value_net]
+        elif hasattr(module, "latent_pi"):  # the actor of SAC
+            tails[id(module.latent_pi)] = [r for r in (module.mu, module.log_std) if isinstance(r, nn.Linear)]
+    return tails
 
 
 def _layers_chain(module: Any, heads: dict[int, Sequence[nn.Linear]]) -> tuple[list[Hidden], Watch]:
@@ -207,9 +220,10 @@ def _layers_chain(module: Any, heads: dict[int, Sequence[nn.Linear]]) -> tuple[l
     return hiddens, watch
 
 
-def _sequential_chain(module: nn.Sequential) -> tuple[list[Hidden], Watch]:
-    """Dense layers of a sequence with nothing but activations, norms and dropout between them."""
-    parts = list(module)
+def _sequential_chain(module: nn.Sequential, tail: Sequence[nn.Linear]) -> tuple[list[Hidden], Watch]:
+    """Dense layers of a sequence with nothing but activations, norms and dropout between them, and behind the last one if
+    the layers ``tail`` read the sequence."""
+    parts = [*module, *tail[:1]]
     dense = [i for i, part in enumerate(parts) if isinstance(part, nn.Linear)]
     hiddens: list[Hidden] = []
     read_by: list[nn.Module] = []  # the module that reads what the activation gives
@@ -221,7 +235,7 @@ def _sequential_chain(module: nn.Sequential) -> tuple[list[Hidden], Watch]:
         if len(active) == 1 and len(norms) <= 1 and simple:
             after = bool(norms) and norms[0] > active[0]
             norm = between[norms[0]] if norms else None
-            hiddens.append(_hidden(parts[i], norm, [parts[j]], xavier=False, after=after))
+            hiddens.append(_hidden(parts[i], norm, tail if j == len(module) else [parts[j]], xavier=False, after=after))
             read_by.append(parts[i + 1 + active[0] + 1])
 
     def watch(record: Callable[[int, Tensor, int | None], None], first: int) -> None:
@@ -379,6 +393,10 @@ class UnitMethod(Method):
 
     def replay(self, batch: Any) -> None:
         self._next = True
+
+    def rebuilt(self) -> None:
+        self.activity = Activity(self.learner.agent)
+        self.activity.on = self.learner.own_loss is None
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:

@@ -223,4 +223,7 @@ class FeatureUPGD(WeightUPGD):
 
     def __init__(self, config: Config, learner: Learner, *, rng: torch.Generator):
         super().__init__(config, learner, rng=rng)
-        self.units = find_units(learner.agent)
+        self.rebuilt()
+
+    def rebuilt(self) -> None:
+        self.units = find_units(self.learner.agent)

@@ -329,3 +329,58 @@ def test_units_of_real_agents_are_seen_in_an_update(name: str):
     assert len(count.seen) >= 1 and all(n > 0 for n in count.seen)
     hiddens: list[Hidden] = count.activity.hiddens
     assert all(sum(p is h.weight.parameter for p in agent.trainables) == 1 for h in hiddens)
+
+
+def test_networks_that_are_built_anew_are_the_ones_that_count(lab: SimpleNamespace):
+    """As Stable-Baselines3's are for the first environment with several rows."""
+
+    class Rebuilding(lab.Toy):
+        def attach(self, rebuilt: Any) -> None:
+            self.rebuilt = rebuilt
+
+    agent: Any = lab.composed(Rebuilding, [Count, "l2-init", "upgd-feature"])
+    inner, count = agent.agent, next(iter(agent.methods.values()))
+    inner.net = MLP((4, 6, 3), rng=rng(8), activation=torch.tanh)
+    lab.learn(agent, lab.data(0), 1)
+    assert count.places(inner.trainables) == []  # what would be without the word
+    inner.rebuilt()
+    assert lab.equal(agent.methods["l2-init"].initial, lab.weights(agent))
+    lab.learn(agent, lab.data(0), 1)
+    assert count.places(inner.trainables) == [0] and count.seen == [8]
+    assert inner.optimizer.units[0].weight.parameter is inner.net.layers[0].weight
+
+
+def test_policies_of_stable_baselines3():
+    """What reads the last hidden layer is outside of the sequence."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.policy_net = nn.Sequential(dense(5, 7, rng()), nn.Tanh())
+            self.value_net = nn.Sequential(dense(5, 6, rng()), nn.Tanh())
+
+    class Policy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp_extractor, self.action_net, self.value_net = Body(), dense(7, 3, rng()), dense(6, 1, rng())
+
+    class Actor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latent_pi = nn.Sequential(dense(5, 7, rng()), nn.ReLU(), dense(7, 8, rng()), nn.ReLU())
+            self.mu, self.log_std = dense(8, 3, rng()), dense(8, 3, rng())
+
+    ppo, sac = Policy(), Actor()
+    hiddens = find_units(Holder(ppo))
+    assert [h.shape[1] for h in hiddens] == [7, 6]
+    assert [h.outgoing[0].parameter for h in hiddens] == [ppo.action_net.weight, ppo.value_net.weight]
+    hiddens = find_units(Holder(sac))
+    assert [[p.parameter for p in h.outgoing] for h in hiddens] == [
+        [sac.latent_pi[2].weight], [sac.mu.weight, sac.log_std.weight],
+    ]  # fmt: skip
+    activity = Activity(Holder(sac))
+    activity.on = True
+    h = sac.latent_pi(torch.randn(16, 5, generator=rng()))
+    sac.mu(h)
+    sac.log_std(h)
+    assert activity.rows == [16, 16]
