@@ -195,3 +195,27 @@ def test_data_sets_beyond_the_memory_limit_are_made_again(tmp_path, monkeypatch)
         )  # fmt: skip
         assert len(loads) == (3 if folder == "all" else 6)
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("schedule", ["cyclic", "power-law"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("digits-split", {"scenario": "domain"}),
+        ("digits-online-inputs", {"tasks": 3}),
+        ("digits-online-labels", {"tasks": 3}),
+        ("bit-flipping", {"tasks": 3, "transitions": 20}),
+        ("two-rooms-dynamics", {"transitions": 90}),
+        ("point-maze-dynamics", {"transitions": 100}),
+    ],
+)
+def test_recurring_schedules_train_through_the_new_streams(tmp_path, name, options, schedule):
+    result = run(
+        name, "bc", budget=8, schedule=schedule, evaluate=False, out=tmp_path / "run", stream_options=options,
+        agent_options=SMALL, tensorboard=False,
+    )  # fmt: skip
+    stream = result.stream
+    assert result.results["status"] == "complete" and sum(p.budget for p in stream.phases) == 8 * len(stream.tasks)
+    visits = {t.name: [p.visit for p in stream.phases if p.task == t.name] for t in stream.tasks}
+    assert all(v == list(range(1, len(v) + 1)) for v in visits.values()) and max(map(len, visits.values())) > 1
+    assert all(len(v) == 2 for v in visits.values()) == (schedule == "cyclic")
