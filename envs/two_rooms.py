@@ -42,6 +42,7 @@ DOT = 1.3  # standard deviation of the drawn dot
 MARGIN = 2 * DOT  # of starts and goals to every wall
 PATCH, REACH = 9, 4.33  # the dot is 0 beyond sqrt(2 * 1.3^2 * ln 255) = 4.328 pixels: at most 9 x 9 pixels
 MAX_ACTION = 1.8
+OBSERVATIONS = ("state", "layout", "pixels")
 WALL_RANGE, DOOR_RANGE = (20.0, 45.0), (10.0, 55.0)
 PUSH = 0.3  # rule "noisy": distance to a side after touching it
 
@@ -317,8 +318,9 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
     """Two-Rooms, ``B`` rows at once, in torch on any device (:class:`clbench.contracts.VectorEnv`).
 
     Observation: a dict of ``observation``, ``achieved_goal`` (the same tensor) and ``desired_goal``; each float32 (B, 2)
-    positions in 0..65 (``"state"``) or uint8 (B, 2, 65, 65) (``"pixels"``). Treat them as read-only: the desired goals are
-    shared between steps until a row is reset.
+    positions in 0..65 (``"state"``, ``"layout"``) or uint8 (B, 2, 65, 65) (``"pixels"``). ``"layout"`` adds ``layout``
+    float32 (B, 2), the places of wall and door (:func:`layout_numbers`), which pictures show and states do not. Treat them
+    as read-only: the desired goals are shared between steps until a row is reset.
 
     Action: displacement (B, 2) in pixels, nominally within +-1.8 per axis; the environment does not clip it, as the
     reference. With other dynamics it moves the agent by :func:`displacement`.
@@ -334,7 +336,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         num_envs: rows.
         device: of all tensors.
         autoreset: ``"same_step"`` or ``"disabled"``.
-        observation: ``"state"`` or ``"pixels"``.
+        observation: ``"state"``, ``"layout"`` or ``"pixels"``.
         wall_x: centre of the wall, in [20, 45); a number, or one per row.
         door_y: centre of the door, in [10, 55); a number, or one per row.
         collision: ``"stop"`` (:func:`stop_at_walls`), or as the reference: ``"noisy"`` (evaluation), ``"cancel"`` (data).
@@ -374,7 +376,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
     ):
         check_dynamics("Two-Rooms", action_gain, friction=friction)
         for kind, value, known in (
-            ("observation", observation, ("state", "pixels")),
+            ("observation", observation, OBSERVATIONS),
             ("collision", collision, COLLISIONS),
         ):
             if value not in known:
@@ -396,11 +398,14 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
         self._background = background(*torch.broadcast_tensors(self.wall_x, self.door_y))
         self._frames = FramePool(num_envs, self.device)
         self.metadata = {"autoreset_mode": AUTORESET_MODES[autoreset], "render_modes": ["rgb_array"], "render_fps": 10}
-        self.single_observation_space = observation_space(self.pixels, goal_sign)
+        self.single_observation_space = observation_space(observation, goal_sign)
         self.single_action_space = spaces.Box(-MAX_ACTION, MAX_ACTION, (2,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._sign = torch.ones(num_envs, 1, device=self.device) if goal_sign else None
+        # what does not change within an episode, beside positions
+        self._constant = {"goal_sign": torch.ones(num_envs, 1, device=self.device)} if goal_sign else {}
+        if observation == "layout":
+            self._constant["layout"] = layout_numbers(self.wall_x, self.door_y).expand(num_envs, -1)
         self._all_rows = torch.arange(num_envs, device=self.device)
         # the state: position and goal (2, B), steps of the episode (B,), seeds
         self._position = torch.full((2, num_envs), math.nan, device=self.device)
@@ -487,7 +492,7 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
     def _observe(self, rows: Tensor | None = None, old: Tensor | None = None) -> dict[str, Tensor]:
         shown = self._show(self._position, rows, old)
         obs: dict[str, Any] = {"observation": shown, "achieved_goal": shown, "desired_goal": self._desired}
-        return obs if self._sign is None else obs | {"goal_sign": self._sign}
+        return obs | self._constant
 
     # -- step -------------------------------------------------------------------------------------------------------
 
@@ -622,7 +627,10 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
             empty = self._background[row if len(self._background) > 1 else 0]
             shown = draw_dots(empty.repeat(points.shape[1], 1, 1, 1), points)
         edge = SIZE - 0.5
-        return GoalGrid(place, {"observation": shown, "achieved_goal": shown}, (-0.5, edge, edge, -0.5))
+        observations = {"observation": shown, "achieved_goal": shown}
+        if "layout" in self._constant:
+            observations["layout"] = self._constant["layout"][row].expand(len(place), -1)
+        return GoalGrid(place, observations, (-0.5, edge, edge, -0.5))
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that changes, as tensors; valid in the middle of episodes."""
@@ -650,11 +658,23 @@ class TwoRoomsVectorEnv(gymnasium.vector.VectorEnv):
 _STATE, _SEEDS = ("position", "goal", "steps"), ("base", "episode")
 
 
-def observation_space(pixels: bool, goal_sign: bool = False) -> spaces.Dict:
+def observation_space(observation: str, goal_sign: bool = False) -> spaces.Dict:
     """The goal dict of one environment."""
-    one = spaces.Box(0, 255, (2, SIZE, SIZE), np.uint8) if pixels else spaces.Box(0.0, float(SIZE), (2,), np.float32)
+    one: spaces.Space = spaces.Box(0.0, float(SIZE), (2,), np.float32)
+    if observation == "pixels":
+        one = spaces.Box(0, 255, (2, SIZE, SIZE), np.uint8)
     keys: dict[str, spaces.Space] = dict.fromkeys(("observation", "achieved_goal", "desired_goal"), one)
-    return spaces.Dict(keys | ({"goal_sign": spaces.Box(-1.0, 1.0, (1,), np.float32)} if goal_sign else {}))
+    if goal_sign:
+        keys["goal_sign"] = spaces.Box(-1.0, 1.0, (1,), np.float32)
+    if observation == "layout":
+        keys["layout"] = spaces.Box(-1.0, 1.0, (2,), np.float32)
+    return spaces.Dict(keys)
+
+
+def layout_numbers(wall_x: Tensor, door_y: Tensor) -> Tensor:
+    """Positions of wall and door (B,) as numbers float32 (B, 2), their ranges scaled to [-1, 1)."""
+    pairs = zip(torch.broadcast_tensors(wall_x, door_y), (WALL_RANGE, DOOR_RANGE), strict=True)
+    return torch.stack([2 * (v - low) / (high - low) - 1 for v, (low, high) in pairs], 1).to(torch.float32)
 
 
 def check_dynamics(where: str, action_gain: float, **resistance: float) -> None:

@@ -145,7 +145,7 @@ class TwoRoomsChaseVectorEnv(TwoRoomsVectorEnv):
             goal_sign=True, render_mode=render_mode,
         )  # fmt: skip
         self.chaser_speed = float(chaser_speed)
-        self._sign = torch.full((num_envs, 1), -1.0, device=self.device)
+        self._constant["goal_sign"] = torch.full((num_envs, 1), -1.0, device=self.device)
 
     def _move(self, action: Tensor) -> None:
         super()._move(action * (MAX_NORM / torch.hypot(*action)).clamp(max=1))

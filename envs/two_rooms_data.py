@@ -20,11 +20,13 @@ from clbench.envs.two_rooms import (
     HALF_DOOR,
     HIGH,
     LOW,
+    OBSERVATIONS,
     WALL_RANGE,
     Layout,
     check_dynamics,
     displacement,
     is_free,
+    layout_numbers,
     make_layout,
     render_pixels,
 )
@@ -69,7 +71,8 @@ def two_rooms(
         kappa: concentration of the turns; 5 is the good data of the paper, 1e-6 the random policy.
         cross_wall_rate: share of trajectories laid through the door.
         collision: rule of :data:`clbench.envs.two_rooms.COLLISIONS`; ``"cancel"`` is the reference's generator.
-        observation: ``"state"`` (positions) or ``"pixels"`` (rendered from stored positions when a batch is drawn).
+        observation: ``"state"`` (positions), ``"layout"`` (with wall and door beside them) or ``"pixels"`` (rendered from
+            stored positions when a batch is drawn).
         goal_sign: add the key ``goal_sign`` (N, 1), all 1, as environments with that option have.
         action_gain: of the environment, which moves by :func:`clbench.envs.two_rooms.displacement`; actions are drawn alike
             under all dynamics.
@@ -102,8 +105,11 @@ def two_rooms(
     data = states[:, :-1].reshape(-1, 2)[:transitions]
 
     def column(position: Tensor) -> dict[str, Any]:
-        shared = position if observation == "state" else rendered(position, wall_x, door_y)
+        shared = rendered(position, wall_x, door_y) if observation == "pixels" else position
         columns = {"observation": shared, "achieved_goal": shared}
+        if observation == "layout":
+            where = layout_numbers(torch.tensor([wall_x]).double(), torch.tensor([door_y]).double())
+            columns["layout"] = where.expand(len(position), -1).contiguous()
         return columns | {"goal_sign": torch.ones(len(position), 1)} if goal_sign else columns
 
     return OfflineDataset(
@@ -134,7 +140,7 @@ def _check(*, wall_x: float, door_y: float, transitions: int, steps: int, kappa:
         raise ConfigError(f"two-rooms: cross_wall_rate must be in [0, 1], got {cross_wall_rate}.")
     if not (kappa > 0 and math.isfinite(kappa)):
         raise ConfigError(f"two-rooms: kappa must be positive, got {kappa} (1e-6 gives uniform headings).")
-    for kind, value, known in (("collision", collision, COLLISIONS), ("observation", observation, ("state", "pixels"))):
+    for kind, value, known in (("collision", collision, COLLISIONS), ("observation", observation, OBSERVATIONS)):
         if value not in known:
             raise unknown_name(f"value of {kind}", str(value), known, where="data set 'two-rooms'")
 

@@ -174,10 +174,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "doors-bc": Benchmark(
         "A policy on five layouts of Two-Rooms", "two-rooms-doors", "bc", {"hidden": (256, 256)},
-        {"episodes": 50}, {"reveals": "task_id", "budget": 500}, without=CONTINUOUS, rows=FIVE,
+        {"episodes": 50, "observation": "layout"}, {"reveals": "task_id", "budget": 500}, without=CONTINUOUS, rows=FIVE,
     ),
     "doors-pldm": Benchmark(
-        "A world model on five layouts of Two-Rooms", "two-rooms-doors", "pldm", {}, {"episodes": 10},
+        "A world model on five layouts of Two-Rooms", "two-rooms-doors", "pldm", {}, {"episodes": 10, "observation": "layout"},
         {"reveals": "task_id", "budget": 500}, without=CONTINUOUS, tune=False,
         rows={**FIVE, **ADAPTIVE, "eidetic-pldm": Row(agent="eidetic-pldm")},
     ),

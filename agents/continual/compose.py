@@ -43,6 +43,7 @@ class Composed(Agent):
 
     def __init__(self, spaces: Spaces, config: Any, *, device: torch.device, rng: torch.Generator):
         super().__init__(spaces, config, device=device, rng=rng)
+        self._check_recording(config.agent)
         self.agent = self.agent_class(spaces, config.agent, device=device, rng=rng)
         seed = int(
             torch.randint(2**62, (), generator=rng, device=rng.device)
@@ -71,6 +72,14 @@ class Composed(Agent):
         if name.startswith("__") or "agent" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.agent, name)
+
+    def _check_recording(self, config: Any) -> None:
+        """A compiled or recorded update would go on without the methods."""
+        if getattr(config, "compile", False) or getattr(config, "updates_per_graph", 0) > 1:
+            raise ConfigError(
+                f"Agent {self.agent_name!r} with methods cannot compile its loss or record its updates; leave compile off "
+                "and updates_per_graph at 0."
+            )
 
     # -- one update -----------------------------------------------------------------------------------------------------
 

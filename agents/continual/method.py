@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from clbench.agents.continual.batches import rows
+from clbench.agents.continual.batches import rows, zip_map
 from clbench.agents.networks.outputs import Output
 from clbench.contracts import TaskInfo
 
@@ -170,4 +170,4 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.state:
-            setattr(self, name, copy.deepcopy(state[name]))
+            setattr(self, name, zip_map(lambda t: t.to(self.learner.device, copy=True), copy.deepcopy(state[name])))

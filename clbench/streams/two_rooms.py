@@ -14,6 +14,7 @@ from clbench.data.registry import dataset_id
 from clbench.errors import ConfigError, DataError, unknown_name
 from clbench.streams.core import Suite
 
+OBSERVATIONS = ("state", "layout", "pixels")
 LIST = "two_rooms_v1.json"  # made by scripts/make_two_rooms_lists.py
 
 DYNAMICS: dict[str, dict[str, float]] = {
@@ -34,15 +35,16 @@ def two_rooms_doors(
 
     Args:
         rng: draws the seeds of the data sets.
-        observation: ``"state"`` (positions) or ``"pixels"`` (2 x 65 x 65).
+        observation: ``"state"`` (positions, from which layouts cannot be told apart), ``"layout"`` (with the places of wall
+            and door) or ``"pixels"`` (2 x 65 x 65).
         transitions: size of each task's data set.
         episodes: evaluation episodes per task, the first of the 100 shipped ones.
 
     Raises:
         ConfigError: more episodes than the list has, or none; an unknown observation.
     """
-    if observation not in ("state", "pixels"):
-        raise unknown_name("value of observation", observation, ("state", "pixels"), where="stream 'two-rooms-doors'")
+    if observation not in OBSERVATIONS:
+        raise unknown_name("value of observation", observation, OBSERVATIONS, where="stream 'two-rooms-doors'")
     lists = load_lists()
     tasks = []
     for i, layout in enumerate(lists["layouts"]):

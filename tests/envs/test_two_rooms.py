@@ -13,6 +13,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import clbench.envs  # noqa: F401 (registers the ids)
 from clbench.contracts import VectorEnv
+from clbench.data.registry import load_dataset
 from clbench.envs.two_rooms import (
     COLLISIONS,
     FramePool,
@@ -742,3 +743,17 @@ def test_controllers_rest_at_the_goal():
     env = TwoRoomsVectorEnv(1, autoreset="disabled", terminate_on_success=False)
     env.reset(options={"start": [[20.0, 20.0]], "goal": [[20.0, 20.0]]})
     assert env.oracle_actions().tolist() == env.straight_line_actions().tolist() == [[0.0, 0.0]]
+
+
+def test_the_layout_is_observed_where_it_is_asked_for() -> None:
+    """Two numbers in [-1, 1) that tell layouts apart, the same in the environment, its goal grid and its data."""
+    walls, doors = [20.0, 32.5], [10.0, 32.5]
+    env = TwoRoomsVectorEnv(2, observation="layout", wall_x=walls, door_y=doors)
+    obs, _ = env.reset(seed=0)
+    assert obs["layout"].tolist() == [[-1.0, -1.0], [0.0, 0.0]]
+    assert env.step(torch.zeros(2, 2))[0]["layout"].equal(obs["layout"])
+    assert env.goal_grid(1).observations["layout"].unique().tolist() == [0.0]
+    plain = TwoRoomsVectorEnv(2, wall_x=walls, door_y=doors).reset(seed=0)[0]
+    assert "layout" not in plain and plain["observation"].equal(obs["observation"])
+    data = load_dataset("two-rooms?wall_x=32.5&door_y=32.5&transitions=200&observation=layout")
+    assert data.observations["layout"].shape == (200, 2) and not data.observations["layout"].any()
