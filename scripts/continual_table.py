@@ -177,7 +177,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         {"episodes": 50, "observation": "layout"}, {"reveals": "task_id", "budget": 500}, without=CONTINUOUS, rows=FIVE,
     ),
     "doors-pldm": Benchmark(
-        "A world model on five layouts of Two-Rooms", "two-rooms-doors", "pldm", {}, {"episodes": 10, "observation": "layout"},
+        "A world model on five layouts of Two-Rooms", "two-rooms-doors", "pldm", {},
+        {"episodes": 10, "observation": "layout"},
         {"reveals": "task_id", "budget": 500}, without=CONTINUOUS, tune=False,
         rows={**FIVE, **ADAPTIVE, "eidetic-pldm": Row(agent="eidetic-pldm")},
     ),
