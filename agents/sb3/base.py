@@ -130,8 +130,9 @@ class SB3Agent(Agent):
 
     def _rebuild(self, num_envs: int) -> None:
         """A new model, with new parameters and optimisers."""
-        self.model = self._build(num_envs)
+        old, self.model = self.model, self._build(num_envs)
         if self._rebuilt is not None:
+            self.model.policy.load_state_dict(old.policy.state_dict())  # the weights that methods find are the agent's
             self._rebuilt()
 
     @contextlib.contextmanager

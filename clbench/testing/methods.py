@@ -414,6 +414,8 @@ def _acting(case: MethodCase) -> str | None:
 def _mixed(case: MethodCase) -> str | None:
     if "task_id" not in case.cls.requires:
         raise NotApplicable("it does not ask for the task")
+    if case.stochastic:  # each task in the batch draws in turn
+        raise NotApplicable("the agent acts at random even with explore=False")
     agent = case.walked[0]
     obs, tasks = case.observation(32), torch.arange(32) % TASKS
     together = _act(case, agent, obs, tasks)

@@ -124,6 +124,15 @@ def test_steps_are_missed_by_an_agent_that_does_not_say_that_it_was_rebuilt(
     assert agent.methods[f"{__name__}:Counts"].before < steps_taken(agent.agent)
 
 
+@pytest.mark.parametrize(("cls", "kind"), ALL, ids=name)
+def test_what_a_rebuilt_agent_tells_methods_are_its_own_weights(tiny: Any, cls: Any, kind: str) -> None:
+    agent, env = make(tiny, cls, kind, ["l2-init"])
+    before, old = agent.learner.values(), agent.model
+    train(tiny, agent, env)
+    assert agent.model is not old
+    assert tiny.same(agent.methods["l2-init"].initial, before)
+
+
 class Slope(Method):
     """Adds the sum of all parameters to the loss, so 1 to every gradient; keeps the gradients that it saw."""
 
@@ -343,7 +352,8 @@ HIDDEN = (
 SENTENCES = {
     ("sb3-ppo", "er"): HIDDEN.format("sb3-ppo") + "own training.",
     ("sb3-dqn", "er"): HIDDEN.format("sb3-dqn")
-    + "own training; the agent has a replay buffer of its own, which keeps the steps of earlier tasks (--agent.buffer keep).",
+    + "own training; the agent has a replay buffer of its own, which keeps the steps of earlier tasks "
+    "(--agent.buffer keep).",
     (
         "eidetic-ppo",
         "l2",
