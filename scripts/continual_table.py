@@ -136,6 +136,9 @@ FIVE = {
     "PackNet": Row(("packnet",), options={"tasks": 5}),
     "CLEAR": Row(("clear",), "strength", (1.0, 3.0, 10.0), {"samples": 40}),
 }
+OWN_LAYERS: dict[str, Any] = {"hidden": (100, 100), "batch_size": 32}
+EIDETIC_BC = {"eidetic-bc": Row(agent="eidetic-bc", agent_options=OWN_LAYERS)}
+EIDETIC_BC_5 = {"eidetic-bc": Row(agent="eidetic-bc", agent_options={**OWN_LAYERS, "pruning": {"tasks": 5}})}
 ADAPTIVE = {  # the agents' own optimiser is Adam
     "UPGD": Row(("upgd",), "sigma", (1e-3,), {"adaptive": True, "lr": 6e-4}),
     "UPGD (features)": Row(("upgd-feature",), "sigma", (1e-3,), {"adaptive": True, "lr": 6e-4}),
@@ -166,7 +169,7 @@ INPUTS = {**ONLINE, "UPGD": Row(("upgd",), "lr", (0.03,), UTILITY)}
 ONE_BY_ONE: dict[str, Any] = {"hidden": (128, 64), "batch_size": 1, "reset_optimizer": False, "activation": "relu"}
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "permuted": Benchmark("Ten permutations of digits", "digits-permuted", "bc", DIGITS, rows=CLONING, seeds="0,1,2,3,4"),
+    "permuted": Benchmark("Ten permutations of digits", "digits-permuted", "bc", DIGITS, rows={**CLONING, **EIDETIC_BC}, seeds="0,1,2,3,4"),
     "split-class": Benchmark(
         "Split digits, class-incremental", "digits-split", "bc", DIGITS, {"scenario": "class"},
         without=NO_IDS, rows=FIVE, seeds="0,1,2,3,4",
@@ -177,7 +180,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "split-task": Benchmark(
         "Split digits, task-incremental", "digits-split", "bc", {**DIGITS, "heads": 5}, {"scenario": "task"},
-        without=ONE_HEAD, rows=FIVE, seeds="0,1,2,3,4",
+        without=ONE_HEAD, rows={**FIVE, **EIDETIC_BC_5}, seeds="0,1,2,3,4",
     ),
     "doors-bc": Benchmark(
         "A policy on five layouts of Two-Rooms", "two-rooms-doors", "bc", {"hidden": (256, 256)},
