@@ -169,7 +169,10 @@ INPUTS = {**ONLINE, "UPGD": Row(("upgd",), "lr", (0.03,), UTILITY)}
 ONE_BY_ONE: dict[str, Any] = {"hidden": (128, 64), "batch_size": 1, "reset_optimizer": False, "activation": "relu"}
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "permuted": Benchmark("Ten permutations of digits", "digits-permuted", "bc", DIGITS, rows={**CLONING, **EIDETIC_BC}, seeds="0,1,2,3,4"),
+    "permuted": Benchmark(
+        "Ten permutations of digits", "digits-permuted", "bc", DIGITS,
+        rows={**CLONING, **EIDETIC_BC}, seeds="0,1,2,3,4",
+    ),
     "split-class": Benchmark(
         "Split digits, class-incremental", "digits-split", "bc", DIGITS, {"scenario": "class"},
         without=NO_IDS, rows=FIVE, seeds="0,1,2,3,4",
