@@ -39,6 +39,8 @@ def similarity(phi: Tensor, psi: Tensor) -> Tensor:
 class CRL(GoalAgent):
     """Contrastive RL."""
 
+    loss_compares_rows = True  # each goal is a negative of the others
+
     @dataclass
     class Config(GoalConfig):
         """Options, beside those of :class:`GoalConfig`.

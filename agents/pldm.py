@@ -102,6 +102,7 @@ class PLDM(Agent):
     """
 
     requires = frozenset({"dataset", "goal", "continuous"})
+    loss_compares_rows = True  # variances are taken over the batch
 
     @dataclass
     class Config:
@@ -301,6 +302,11 @@ class PLDM(Agent):
         chosen = starts[torch.randint(len(starts), (self.config.batch_size,), generator=rng, device=data.device)]
         return data.windows(chosen, self.config.window)
 
+    @staticmethod
+    def samples_in(batch: tuple[Any, Tensor]) -> int:
+        """Transitions in a batch of windows."""
+        return batch[1].shape[0] * batch[1].shape[1]
+
     def outputs(self, batch: tuple[Any, Tensor]) -> tuple[Output, ...]:
         """What planning rests on, for continual methods: the latents that are predicted from the first observation, and
         that observation's own latent; (B, n) each."""
@@ -329,7 +335,7 @@ class PLDM(Agent):
         self.optimizer.step()
         self.phase = (done + 1, total)
         self.updates += 1
-        self.samples += batch[1].shape[0] * batch[1].shape[1]
+        self.samples += self.samples_in(batch)
         return info
 
     @torch.no_grad()

@@ -217,6 +217,7 @@ class Position:
     updates: int = 0
     past_updates: int = 0  # of agents that were replaced by a fresh one (protocol "independent")
     past_samples: int = 0
+    past_extra: dict[str, int] = field(default_factory=dict)  # what methods of those agents added
     probed: int = -1  # phase of the last probe, -1 for none
     online: dict[str, float] = field(default_factory=dict)  # sums of reports without a row of train.csv
 
@@ -388,6 +389,7 @@ class Loop:
                 past = self._own_costs()
                 position.past_updates += past.get("updates", 0)
                 position.past_samples += past.get("samples", 0)
+                position.past_extra = self._method_costs()
                 self.agent = self._new_agent()
                 self._evaluate_now(phase=index + 1)
             if experience.env is not None:
@@ -817,7 +819,8 @@ class Loop:
     def _method_costs(self) -> dict[str, int]:
         """What continual methods cost beside the agent's own updates, where it is combined with any."""
         counts: Any = getattr(self.agent, "method_costs", dict)
-        return {k: int(v) for k, v in counts().items()}
+        past = {k: v for k, v in self.position.past_extra.items() if k.startswith("extra_")}
+        return {k: int(v) + past.get(k, 0) for k, v in counts().items()}
 
     def cost(self) -> dict[str, int | None]:
         """Deterministic counts (wall time and memory are measured, and go to timing.json)."""

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from clbench.agents.continual.batches import concat
-from clbench.agents.continual.method import NEEDS, Learner, Method
+from clbench.agents.continual.memory import Memory
+from clbench.agents.continual.method import NEEDS, Learner, Method, restore_generator
+from clbench.agents.networks.outputs import Output
 from clbench.contracts import Agent, Experience, Spaces, TaskInfo
 from clbench.errors import ConfigError, ContractError
 from clbench.registry import resolve
@@ -45,9 +47,8 @@ class Composed(Agent):
         super().__init__(spaces, config, device=device, rng=rng)
         self._check_recording(config.agent)
         self.agent = self.agent_class(spaces, config.agent, device=device, rng=rng)
-        seed = int(
-            torch.randint(2**62, (), generator=rng, device=rng.device)
-        )  # after the agent: its weights are its own
+        # after the agent, so that its weights are those it has without methods
+        seed = int(torch.randint(2**62, (), generator=rng, device=rng.device))
         self.learner = Learner(self.agent)
         self.rng = torch.Generator(device).manual_seed(derive_seed(seed, "batches"))
         self.methods: dict[str, Method] = {}
@@ -57,6 +58,9 @@ class Composed(Agent):
                 self.methods[name] = cls(getattr(config, field_name(name)), self.learner, rng=generator)
             except ConfigError as error:
                 raise ConfigError(f"Method {name!r} with agent {self.agent_name!r}: {error}") from error
+        self._check_methods()
+        # those that must have the last word about weights come last around the optimiser's step
+        self._around_step = sorted(self.methods.values(), key=lambda m: m.last)
         self._phase = (0, 0)  # units of the present phase: used, in all
         self._data: Any = None
         if self.learner.own_loss is not None:
@@ -80,6 +84,13 @@ class Composed(Agent):
                 f"Agent {self.agent_name!r} with methods cannot compile its loss or record its updates; leave compile off "
                 "and updates_per_graph at 0."
             )
+
+    def _check_methods(self) -> None:
+        """Whether the methods can be together."""
+        for name, method in self.methods.items():
+            for other, theirs in self.methods.items():
+                for deed in theirs.does & method.excludes.keys() if other != name else ():
+                    raise ConfigError(f"Methods {name!r} and {other!r} cannot be combined: {method.excludes[deed]}.")
 
     # -- one update -----------------------------------------------------------------------------------------------------
 
@@ -120,7 +131,7 @@ class Composed(Agent):
         if self.learner.own_loss is None:
             self._add_gradients(params)
         with torch.no_grad():
-            for method in self.methods.values():
+            for method in self._around_step:
                 method.after_backward(params)
 
     def _add_gradients(self, params: Sequence[nn.Parameter]) -> None:
@@ -140,7 +151,7 @@ class Composed(Agent):
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         params = _params(optimizer)
         with torch.no_grad():
-            for method in self.methods.values():
+            for method in self._around_step:
                 method.after_step(params)
 
     def _optimizing(self) -> Method | None:
@@ -271,8 +282,8 @@ class Composed(Agent):
         for name, method in self.methods.items():
             saved = state["methods"][name]
             method.load_state_dict(saved["state"])
-            method.rng.set_state(saved["rng"].cpu())
-        self.rng.set_state(state["rng"].cpu())
+            restore_generator(method.rng, saved["rng"])
+        restore_generator(self.rng, state["rng"])
         done, total = state["phase"]
         self._phase = (int(done), int(total))
         self.learner.forward, self.learner.backward = (int(n) for n in state["extra"])
@@ -353,7 +364,7 @@ def compose(agent: str | type[Agent], methods: Sequence[str | type[Method]]) -> 
             "agent_class": agent_class,
             "agent_name": name,
             "method_classes": found,
-            "parts": (agent_class, *found.values()),
+            "parts": (agent_class, *found.values(), Memory, Output),
         },
     )
 

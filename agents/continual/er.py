@@ -18,6 +18,7 @@ class ER(Method):
     """Experience replay from a reservoir; needs no boundaries."""
 
     requires = frozenset({"loss"})
+    does = frozenset({"replays rows"})
     paper = "Chaudhry et al. 2019 (On Tiny Episodic Memories in Continual Learning); reservoir: Vitter 1985"
     formula = "loss on the union of the batch and rows drawn from the memory"
 

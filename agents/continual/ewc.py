@@ -65,6 +65,11 @@ class EWC(Method):
             raise ConfigError(
                 f"fisher={config.fisher!r} needs a loss of a batch, which this agent hides; use 'sampled'."
             )
+        if config.fisher == "empirical" and getattr(learner.agent, "loss_compares_rows", False):
+            raise ConfigError(
+                "the empirical Fisher is of the loss of single samples, and this agent's loss compares samples with each "
+                "other; use 'sampled'."
+            )
 
     def loss(self, base: Tensor, batch: Any) -> Tensor:
         if self.fisher is None or self.anchor is None:
@@ -123,7 +128,9 @@ def fisher_information(
                 outputs = learner.outputs(one)
                 if kind == "sampled":
                     add(torch.stack([o.log_likelihood(o.sample(rng)).sum() for o in outputs]).sum())
-                else:
+                else:  # one pass back per number
+                    numbers = sum(o.values.shape[1] for o in outputs)
+                    learner.backward += (numbers - 1) * learner.samples(one)
                     for o in outputs:
                         if o.kind == "categorical":
                             log_p = torch.log_softmax(o.values, 1)[0]

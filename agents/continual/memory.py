@@ -76,6 +76,8 @@ class Memory:
             self.filled += 1
         else:
             largest = mine if len(self.slots) == 1 else max(self.slots, key=len)
+            if not mine and len(largest) == 1:  # more tasks than rows: a reservoir of tasks
+                return self._slot_of_another(u) if self.seen[-1] == 1 else None
             if len(largest) <= len(mine) + 1:  # it has its share
                 place = int(u * self.seen[-1])
                 return mine[place] if place < len(mine) else None
@@ -84,6 +86,17 @@ class Memory:
             largest.pop()
         mine.append(slot)
         return slot
+
+    def _slot_of_another(self, u: float) -> int | None:
+        """For the first row of a task where each has one at most: with ``size / tasks``, the slot of any of them."""
+        place = int(u * len(self.slots))
+        if place >= self.size:
+            return None
+        for theirs in self.slots:
+            if theirs == [place]:
+                theirs.clear()
+        self.slots[-1].append(place)
+        return place
 
     def put(self, slots: Tensor, batch: Any) -> None:
         """Write rows where :meth:`offer` said."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from clbench.agents.continual.batches import rows, zip_map
 from clbench.agents.networks.outputs import Output
 from clbench.contracts import TaskInfo
 
+DEEDS = ("replays rows", "moves weights at boundaries")
 NEEDS = ("boundaries", "task_id", "loss", "outputs", "batches", "features", "optimizer")
 
 
@@ -60,9 +62,13 @@ class Learner:
 
     def count(self, batch: Any, *, backward: bool) -> None:
         """Add a batch to the costs."""
-        n = rows(batch)
+        n = self.samples(batch)
         self.forward += n
         self.backward += n if backward else 0
+
+    def samples(self, batch: Any) -> int:
+        """As the agent counts them: rows, unless it says otherwise (``samples_in``)."""
+        return getattr(self.agent, "samples_in", rows)(batch)
 
     def values(self) -> list[Tensor]:
         """Copies of the parameters as they are now."""
@@ -86,7 +92,8 @@ class Learner:
 class Method:
     """Base of continual methods. Every hook is optional.
 
-    With several methods each hook is called in the order in which they are listed. One update of the agent is::
+    With several methods each hook is called in the order in which they are listed, but for those that come ``last`` around
+    the optimiser's step. One update of the agent is::
 
         batch  = the agent's own
         extra  = replay(batch) of each method               # rows to be trained on in addition
@@ -99,11 +106,17 @@ class Method:
         requires: of :data:`NEEDS`: what it cannot do without, of the stream (``boundaries``; ``task_id``, also while
             acting) and of the agent (``loss``, ``outputs``, ``features`` of a batch; ``batches`` in ``finish_task``; an
             ``optimizer`` that can be replaced). Checked at start-up.
+        does: what other methods may have to know, of :data:`DEEDS`.
+        excludes: which of these another method may not do, and why.
+        last: ``after_backward`` and ``after_step`` come after those of all other methods.
         paper, formula: for the method's card.
         Config: a dataclass whose fields all have defaults.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset()
+    does: frozenset[str] = frozenset()
+    excludes: ClassVar[Mapping[str, str]] = {}
+    last: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     formula: ClassVar[str] = ""
 
@@ -171,3 +184,13 @@ class Method:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.state:
             setattr(self, name, zip_map(lambda t: t.to(self.learner.device, copy=True), copy.deepcopy(state[name])))
+
+
+def restore_generator(rng: torch.Generator, state: Tensor) -> None:
+    """Continue where ``state`` was taken. A state of a GPU's generator means nothing to a CPU's, and the other way round:
+    there it is the seed of something new, which is enough to act."""
+    state = state.cpu()
+    if len(state) == len(rng.get_state()):
+        rng.set_state(state)
+    else:
+        rng.manual_seed(int(hashlib.sha256(state.numpy().tobytes()).hexdigest()[:15], 16))

@@ -7,6 +7,7 @@ it was at the end of it: with the weights of this task and of earlier ones, and 
 * **Shares.** Of ``T`` tasks the ``k``-th keeps ``1 / (T - k + 1)`` of what is still free of every weight tensor, the
   largest by absolute value. What is given back starts the next task at 0, as in the paper; new random values were no
   better (permuted digits: 89.5 against 90.6 % with zeros, two seeds).
+* **Output layers** of one task each (``bc`` with several ``heads``) belong to it as a whole.
 * **Biases and norms** belong to the first task that trains them, as in the paper (see :func:`is_matrix`).
 * **Parameters without a gradient** during a task (other tasks' output layers) are left as they are and stay free.
 * **A task that comes again** changes nothing, since later tasks may be built on its weights.
@@ -33,6 +34,8 @@ class PackNet(Method):
     """PackNet. Outputs on a task that is over never change, bit for bit."""
 
     requires = frozenset({"boundaries", "task_id"})
+    last = True  # whatever other methods do to owned weights is undone
+    excludes = {"moves weights at boundaries": "weights that finished tasks own must stay as they are"}
     paper = "Mallya & Lazebnik 2018 (PackNet: Adding Multiple Tasks to a Single Network by Iterative Pruning)"
     formula = (
         "network of task k: theta_i if owner_i <= k, else 0; it owns the largest 1 / (T - k + 1) of the free weights"
@@ -73,7 +76,9 @@ class PackNet(Method):
         params = self.learner.params
         if self.owner is None or self.matrix is None:
             self.owner = [torch.zeros_like(p, dtype=torch.uint8) for p in params]
-            self.matrix = [is_matrix(p) for p in params]
+            heads = getattr(getattr(self.learner.agent, "policy", None), "output_layers", ())
+            own = {id(p) for head in heads for p in head.parameters()} if len(heads) > 1 else set()
+            self.matrix = [is_matrix(p) and id(p) not in own for p in params]
         if task.id is None:
             raise ConfigError("PackNet trains one task at a time and must be told which; this phase has no task id.")
         self.trained, self.packed, self.now = [False] * len(params), [False] * len(params), 0

@@ -56,6 +56,8 @@ class ShrinkPerturb(Method):
     def __init__(self, config: Config, learner: Learner, *, rng: torch.Generator):
         super().__init__(config, learner, rng=rng)
         self.tasks = 0  # begun
+        if config.when == "task":
+            self.does = frozenset({"moves weights at boundaries"})
 
     def start_task(self, task: TaskInfo) -> None:
         self.tasks += 1

@@ -25,10 +25,11 @@ class UER(Method):
     From memory of the paper, to be checked: that the losses of the batch and of replayed rows have equal weight, and that
     ``b`` takes no part in the cosine logits. ``scale`` is an option of ours. The base loss is not replaced: the part of the
     present batch in it is exchanged, so that other methods' parts stay, at the price of one more pass of the batch. (With
-    another method that replays, that part would be another one: use one or the other.)
+    another method that replays, that part would be another one, so the two exclude each other.)
     """
 
     requires = frozenset({"loss", "features"})
+    excludes = {"replays rows": "UER has a memory of its own, and takes the batch's part of the loss apart"}
     paper = "Lin et al. 2023 (UER: A Heuristic Bias Addressing Approach for Online Continual Learning)"
     formula = "CE(scale cos(w, f(x)), y) on the batch + CE(w . f(x'') + b, y'') on rows drawn from the memory"
 

@@ -357,7 +357,9 @@ class Activity:
         return copy.deepcopy({"size": self.size, "value": self.value, "rows": self.rows})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.size, self.value = ([t.clone() for t in state[k]] for k in ("size", "value"))
+        for own, saved in ((self.size, state["size"]), (self.value, state["value"])):
+            for into, values in zip(own, saved, strict=True):
+                into.copy_(values)
         self.rows = [int(n) for n in state["rows"]]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clbench.agents.continual.method import Learner, Method
+from clbench.agents.continual.method import Learner, Method, restore_generator
 from clbench.agents.continual.units import Hidden, find_units
 from clbench.errors import ConfigError
 
@@ -144,7 +144,7 @@ class UPGD(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
-        self.rng.set_state(state_dict["rng"].cpu())
+        restore_generator(self.rng, state_dict["rng"])
 
 
 def gate(utilities: list[Tensor]) -> list[Tensor]:
