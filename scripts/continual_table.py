@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,9 +39,10 @@ class Row:
 
     Args:
         method: names of methods.
-        option: of the (first) method, which ``grid`` is about.
+        option: of the first method (``METHOD.OPTION``: of that one), which ``grid`` is about.
         grid: values that are tried on the tuning seed, where the benchmark tunes.
-        options: of the (first) method, fixed.
+        like: the row whose value is taken, in place of a grid.
+        options: of the first method, fixed.
         agent: another agent than the benchmark's, and its options.
         protocol: of the run.
     """
@@ -52,33 +54,39 @@ class Row:
     agent: str = ""
     agent_options: Mapping[str, Any] = field(default_factory=dict)
     protocol: str = "sequential"
+    like: str = ""
 
     def method_options(self, value: Any) -> dict[str, dict[str, Any]]:
-        if not self.method:
-            return {}
-        chosen = {self.option: value} if self.option else {}
-        return {self.method[0].replace("-", "_"): {**self.options, **chosen}}
+        found: dict[str, dict[str, Any]] = {m.replace("-", "_"): {} for m in self.method}
+        if self.method:
+            first = next(iter(found))
+            found[first] |= self.options
+            method, _, option = self.option.rpartition(".")
+            if option and value is not None:
+                found[method or first][option] = value
+        return found
 
 
-DECADES = (1.0, 10.0, 100.0)
-SMALL = (0.01, 0.1, 1.0)
+def ewc_rows(grid: tuple[float, ...]) -> dict[str, Row]:
+    names = {"ewc": "EWC (sampled Fisher)", "ewc-exact": "EWC (exact Fisher)", "ewc-empirical": "EWC (empirical Fisher)",
+             "ewc-online": "online EWC"}  # fmt: skip
+    return {label: Row((name,), "strength", grid) for name, label in names.items()}
+
+
 ROWS: dict[str, Row] = {
     "fine-tuning": Row(),
-    "L2": Row(("l2",), "strength", SMALL),
-    "EWC (sampled Fisher)": Row(("ewc",), "strength", DECADES),
-    "EWC (exact Fisher)": Row(("ewc-exact",), "strength", DECADES),
-    "EWC (empirical Fisher)": Row(("ewc-empirical",), "strength", DECADES),
-    "online EWC": Row(("ewc-online",), "strength", DECADES),
-    "SI": Row(("si",), "strength", (0.1, 1.0, 10.0)),
-    "MAS": Row(("mas",), "strength", (0.1, 1.0, 10.0)),
-    "LwF": Row(("lwf",), "strength", (1.0, 3.0)),
+    "L2": Row(("l2",), "strength", (0.01, 0.1, 1.0, 10.0)),
+    **ewc_rows((1.0, 10.0, 100.0, 1000.0)),
+    "SI": Row(("si",), "strength", (1.0, 10.0, 100.0, 1000.0)),
+    "MAS": Row(("mas",), "strength", (1e-3, 0.01, 0.1, 1.0)),
+    "LwF": Row(("lwf",), "strength", (0.1, 0.3, 1.0, 3.0)),
     "PackNet": Row(("packnet",)),
     "A-GEM": Row(("a-gem",)),
     "ER": Row(("er",)),
     "ER, balanced": Row(("er-balanced",)),
-    "ER + EWC": Row(("er", "ewc")),
+    "ER + EWC": Row(("er", "ewc"), "ewc.strength", like="EWC (sampled Fisher)"),
     "DER++": Row(("derpp",), "alpha", (0.3, 1.0)),
-    "CLEAR": Row(("clear",), "strength", (1.0, 3.0, 10.0)),
+    "CLEAR": Row(("clear",), "strength", (3.0, 10.0, 30.0, 100.0)),
     "UER": Row(("uer",)),
     "UPGD": Row(("upgd",), "lr", (0.03, 0.1, 0.3)),
     "UPGD (features)": Row(("upgd-feature",), "lr", (0.03, 0.1, 0.3)),
@@ -131,10 +139,10 @@ class Benchmark:
 
 DIGITS: dict[str, Any] = {"hidden": (100, 100), "batch_size": 32, "lr": 1e-3}
 # as many stored rows in all as replay has
-CLONING = {"CLEAR": Row(("clear",), "strength", (1.0, 3.0, 10.0), {"samples": 20})}
+CLONING = {"CLEAR": Row(("clear",), "strength", (3.0, 10.0, 30.0, 100.0), {"samples": 20})}
 FIVE = {
     "PackNet": Row(("packnet",), options={"tasks": 5}),
-    "CLEAR": Row(("clear",), "strength", (1.0, 3.0, 10.0), {"samples": 40}),
+    "CLEAR": Row(("clear",), "strength", (3.0, 10.0, 30.0, 100.0), {"samples": 40}),
 }
 OWN_LAYERS: dict[str, Any] = {"hidden": (100, 100), "batch_size": 32}
 EIDETIC_BC = {"eidetic-bc": Row(agent="eidetic-bc", agent_options=OWN_LAYERS)}
@@ -145,10 +153,14 @@ ADAPTIVE = {  # the agents' own optimiser is Adam
 }
 ONE_HEAD = {"UER": "one output layer only"}
 NO_IDS = {"PackNet": "it needs task ids while acting, which this scenario hides"}
+OWN_CLASSES = {"independent": "each network would be tested on its own classes only"}
+# where the loss of a task comes near 0 its Fisher does, too
+SPLIT = ewc_rows((1e2, 1e4, 1e6, 1e8))
 CONTINUOUS = {"UER": "classes only"}
 SGD = {"optimizer": "sgd"}
 # a cheaper search than the default, as evaluation would take most of the time
 PLANS: dict[str, Any] = {"planner_options": {"samples": 64, "elites": 16}, "replan_every": 8}
+WORLD = {"EWC (sampled Fisher)": Row(("ewc",), "strength", (1.0, 10.0, 100.0))}
 EIDETIC = {"eidetic-pldm": Row(agent="eidetic-pldm", agent_options=PLANS)}
 SLOW = {**SGD, "lr": 0.03}
 UTILITY = {"weight_decay": 1e-3, "sigma": 0.1, "beta": 0.999}
@@ -175,15 +187,15 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "split-class": Benchmark(
         "Split digits, class-incremental", "digits-split", "bc", DIGITS, {"scenario": "class"},
-        without=NO_IDS, rows=FIVE, seeds="0,1,2,3,4",
+        without={**NO_IDS, **OWN_CLASSES}, rows={**FIVE, **SPLIT}, seeds="0,1,2,3,4",
     ),
     "split-domain": Benchmark(
         "Split digits, domain-incremental", "digits-split", "bc", DIGITS, {"scenario": "domain"},
-        without=NO_IDS, rows=FIVE, seeds="0,1,2,3,4",
+        without=NO_IDS, rows={**FIVE, **SPLIT}, seeds="0,1,2,3,4",
     ),
     "split-task": Benchmark(
         "Split digits, task-incremental", "digits-split", "bc", {**DIGITS, "heads": 5}, {"scenario": "task"},
-        without=ONE_HEAD, rows={**FIVE, **EIDETIC_BC_5}, seeds="0,1,2,3,4",
+        without=ONE_HEAD, rows={**FIVE, **EIDETIC_BC_5, **SPLIT}, seeds="0,1,2,3,4",
     ),
     "doors-bc": Benchmark(
         "A policy on five layouts of Two-Rooms", "two-rooms-doors", "bc", {"hidden": (256, 256)},
@@ -192,7 +204,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "doors-pldm": Benchmark(
         "A world model on five layouts of Two-Rooms", "two-rooms-doors", "pldm",
         {"architecture": {"hidden": (256, 256)}, **PLANS}, {"episodes": 10, "observation": "layout"},
-        {"reveals": "task_id", "budget": 600}, without=CONTINUOUS, rows={**FIVE, **ADAPTIVE, **EIDETIC},
+        {"reveals": "task_id", "budget": 600}, rows={**FIVE, **ADAPTIVE, **EIDETIC, **WORLD},
+        without={**CONTINUOUS, "EWC (empirical Fisher)": "the loss compares samples with each other"},
     ),
     "minigrid": Benchmark(
         "Five MiniGrid tasks, online", "minigrid-5", "sb3-ppo", {"lr": 6e-4, "batch_size": 256, "ent_coef": 0.01},
@@ -264,8 +277,30 @@ def run_all(jobs: Sequence[Job], arguments: argparse.Namespace) -> None:
 
 
 def done(job: Job, out: Path) -> bool:
-    file = job.path(out) / "results.json"
-    return file.exists() and read_json(file)["status"] == "complete"
+    """Whether the run is there and complete.
+
+    Raises:
+        SystemExit: it was made with other settings than today's.
+    """
+    folder = job.path(out)
+    if not (folder / "results.json").exists() or read_json(folder / "results.json")["status"] != "complete":
+        return False
+    made, wanted = (
+        read_json(folder / "config.json")["config"],
+        json.loads(json.dumps(job.settings(folder), default=str)),
+    )
+    del wanted["out"]
+    differing = [k for k in wanted if not agrees(wanted[k], made.get(k))]
+    if differing:
+        sys.exit(f"{folder} was made with other settings ({', '.join(differing)}); remove it, or choose another --out.")
+    return True
+
+
+def agrees(wanted: Any, made: Any) -> bool:
+    """Whether what is wanted is what was recorded, which may hold more (defaults)."""
+    if isinstance(wanted, dict) and isinstance(made, dict):
+        return all(k in made and agrees(v, made[k]) for k, v in wanted.items())
+    return wanted == made or str(wanted) == str(made) or (wanted == [] and made in (None, ()))
 
 
 def results(job: Job, out: Path) -> dict[str, Any]:
@@ -277,7 +312,10 @@ def score(job: Job, out: Path) -> float:
     found = results(job, out)
     if BENCHMARKS[job.benchmark].online:
         return float(found["online"]["accuracy"])
-    return float(found["metrics"]["average_performance"])
+    final = found["metrics"]["average_performance"]
+    if final is None:
+        sys.exit(f"{job.path(out)} has no average performance; was it evaluated at all?")
+    return float(final)
 
 
 def choose(name: str, rows: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -288,8 +326,13 @@ def choose(name: str, rows: Sequence[str], arguments: argparse.Namespace) -> dic
         return {k: bench.values.get(k, table[k].grid[len(table[k].grid) // 2] if table[k].grid else None) for k in rows}
     trials = {k: [Job(name, k, TUNING_SEED, v) for v in table[k].grid] for k in rows}
     run_all([j for jobs in trials.values() for j in jobs], arguments)
-    best = {k: max(jobs, key=lambda j: score(j, arguments.out)) for k, jobs in trials.items() if jobs}
-    return {k: best[k].value if k in best else None for k in rows}
+    best = {k: max(jobs, key=lambda j: score(j, arguments.out)).value for k, jobs in trials.items() if jobs}
+    return {k: best.get(table[k].like or k) for k in rows}
+
+
+def edge(row: Row, value: Any) -> str:
+    """A mark for a value at the end of its grid, where the best may lie beyond."""
+    return " (edge)" if len(row.grid) > 1 and value in (row.grid[0], row.grid[-1]) else ""
 
 
 # -- tables --------------------------------------------------------------------------------------------------------------
@@ -313,7 +356,8 @@ def lines(name: str, jobs: Mapping[str, Sequence[Job]], arguments: argparse.Name
                "state, kB")  # fmt: skip
     for row, runs in found.items():
         here, chosen = jobs[row], jobs[row][0].value
-        value = "-" if chosen is None else f"{BENCHMARKS[name].table()[row].option} {chosen:g}"
+        own = BENCHMARKS[name].table()[row]
+        value = "-" if chosen is None else f"{own.option} {chosen:g}{edge(own, chosen)}"
         mine = {j.seed: 100 * score(j, out) for j in here}
         other = "-"
         if row != first:
@@ -335,9 +379,12 @@ def lines(name: str, jobs: Mapping[str, Sequence[Job]], arguments: argparse.Name
             ]  # fmt: skip
         texts = [m if isinstance(m, str) else interval_text(m, len(here)) for m in measures]
         cost = [r["cost"] for r in runs]
-        extra = [c.get("extra_forward_samples", 0) / c["samples"] if c["samples"] else 0.0 for c in cost]
+        extra = [
+            float(np.mean([c.get(f"extra_{way}_samples", 0) / (c["samples"] or 1) for c in cost]))
+            for way in ("forward", "backward")
+        ]
         state = [c.get("method_state_bytes", 0) / 1024 for c in cost]
-        yield (row, value, *texts, f"{100 * float(np.mean(extra)):.0f} %", f"{float(np.mean(state)):.0f}")
+        yield (row, value, *texts, " / ".join(f"{100 * e:.0f} %" for e in extra), f"{float(np.mean(state)):.0f}")
 
 
 def layouts(name: str, jobs: Mapping[str, Sequence[Job]], arguments: argparse.Namespace) -> Iterable[Sequence[str]]:
@@ -384,7 +431,8 @@ def page(name: str, jobs: Mapping[str, Sequence[Job]], arguments: argparse.Names
         f"{k}: {', '.join(f'{v:g}' for v in r.grid)}" for k, r in bench.table().items() if r.grid and k in jobs
     )
     chosen = (
-        f"Values were chosen on seed {TUNING_SEED}, one run each, which is not reported, from: {grids}."
+        f"Values were chosen on seed {TUNING_SEED}, one run each, which is not reported (its examples or episodes for "
+        f"evaluation are those of all seeds), from: {grids}."
         if bench.tune
         else "Values were not tuned on this benchmark, but chosen beforehand: the online ones on seeds 0 and 1."
     )
@@ -401,7 +449,8 @@ def page(name: str, jobs: Mapping[str, Sequence[Job]], arguments: argparse.Names
         f"Stream `{bench.stream}`, agent "
         f"`{bench.agent}` ({settings or 'defaults'}), {budget} {unit} per task for every method. {measure}; all in "
         f"percent, means over seeds {seeds} with 95 % bootstrap intervals over runs, differences paired by seed. Extra "
-        "samples: what the method sends through the network beside the agent's own batches, as a share of those; state: "
+        "samples: what the method sends forward / backward through the network beside the agent's own batches, as a share "
+        "of those; state: "
         f"what it keeps beside the network and its optimiser. {chosen} Commits {', '.join(commits)}; {made['cpu']}, 1 "
         f"thread, GPU: {made['gpu'] or 'none'}, torch {made['torch']}.\n\n{markdown(lines(name, jobs, arguments))}\n"
     )
