@@ -199,7 +199,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "doors-bc": Benchmark(
         "A policy on five layouts of Two-Rooms", "two-rooms-doors", "bc", {"hidden": (256, 256)},
-        {"episodes": 50, "observation": "layout"}, {"reveals": "task_id", "budget": 500}, without=CONTINUOUS, rows=FIVE,
+        {"episodes": 20, "observation": "layout"}, {"reveals": "task_id", "budget": 300}, without=CONTINUOUS, rows=FIVE,
     ),
     "doors-pldm": Benchmark(
         "A world model on five layouts of Two-Rooms", "two-rooms-doors", "pldm",
@@ -209,7 +209,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "minigrid": Benchmark(
         "Five MiniGrid tasks, online", "minigrid-5", "sb3-ppo", {"lr": 6e-4, "batch_size": 256, "ent_coef": 0.01},
-        {"episodes": 20}, {"reveals": "task_id", "budget": 16_384, "num_envs": 16}, tune=False, rows={**FIVE, **ADAPTIVE},
+        {"episodes": 20}, {"reveals": "task_id", "budget": 8_192, "num_envs": 16}, tune=False, rows={**FIVE, **ADAPTIVE},
         without=dict.fromkeys((*REPLAY, "LwF", "EWC (empirical Fisher)"), "PPO's loss is not open to methods"),
     ),
     "online-inputs": Benchmark(
