@@ -53,7 +53,7 @@ def test_tables_exist_for_every_kind() -> None:
         ("streams", "digits-permutd", "Unknown stream 'digits-permutd'. Did you mean 'digits-permuted'"),
         ("schedules", "powerlaw", "Did you mean 'power-law'"),
         ("envs", "clbench/TwoRoom-v0", "Did you mean 'clbench/TwoRooms-v0'"),
-        ("datasets", "zzz", "Unknown dataset 'zzz'. Known: classify, ogbench-maze"),
+        ("datasets", "zzz", "Unknown dataset 'zzz'. Known: bit-flip, classify, ogbench-maze"),
         ("agents", "", "The agent must be a name or 'module:attribute', got ''"),
         ("agents", None, "got None"),
         ("agnets", "bc", "Unknown kind of plug-in 'agnets'. Did you mean 'agents'"),

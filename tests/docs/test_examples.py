@@ -19,7 +19,15 @@ from clbench.errors import ClbenchError, Interrupted
 from clbench.experiments import RunResult
 from clbench.records import state_digest
 from clbench.registry import resolve
-from clbench.testing import check_agent, check_dataset, check_env, check_schedule, check_stream, run_check
+from clbench.testing import (
+    check_agent,
+    check_dataset,
+    check_env,
+    check_method,
+    check_schedule,
+    check_stream,
+    run_check,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUIET: dict[str, Any] = {"tensorboard": False, "eval_every": 0}
@@ -47,6 +55,10 @@ def test_every_example_is_tested() -> None:
 def test_agents_conform(name: str) -> None:
     cls = resolve("agents", name)
     check_agent(cls, config={"hidden": 8}, budget=24).raise_if_failed()
+
+
+def test_a_method_of_ones_own_conforms() -> None:
+    check_method(resolve("methods", "my_method:SlowOldWeights"), agents=["bc", "gcbc"]).raise_if_failed()
 
 
 def test_an_objective_of_ones_own_conforms_and_plans() -> None:

@@ -116,7 +116,7 @@ def test_each_command_is_the_run_and_says_what_its_preset_does_not(tmp_path: Pat
         words = shlex.split(line)[2:]
         parsed: Any = tyro.cli(_run_arguments(words[0], words[2], "sequential"), args=words)
         values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)}
-        groups = ("agent_options", "stream_options", "schedule_options")
+        groups = ("agent_options", "method_options", "stream_options", "schedule_options")
         return resolve_run(RunConfig(**{**values, **{g: dict(vars(values[g])) for g in groups}})).fingerprint
 
     assert sorted(map(fingerprint, lines)) == sorted(resolve_run(c).fingerprint for c in made)
