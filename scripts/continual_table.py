@@ -199,7 +199,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "doors-bc": Benchmark(
         "A policy on five layouts of Two-Rooms", "two-rooms-doors", "bc", {"hidden": (256, 256)},
-        {"episodes": 20, "observation": "layout"}, {"reveals": "task_id", "budget": 300}, without=CONTINUOUS, rows=FIVE, tune=False,
+        {"episodes": 20, "observation": "layout"}, {"reveals": "task_id", "budget": 300},
+        without=CONTINUOUS, rows=FIVE, tune=False,
     ),
     "doors-pldm": Benchmark(
         "A world model on five layouts of Two-Rooms", "two-rooms-doors", "pldm",
