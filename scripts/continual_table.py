@@ -462,6 +462,8 @@ def page(name: str, jobs: Mapping[str, Sequence[Job]], arguments: argparse.Names
         f"what it keeps beside the network and its optimiser. {chosen} Commits {', '.join(commits)}; {made['cpu']}, 1 "
         f"thread, GPU: {made['gpu'] or 'none'}, torch {made['torch']}.\n\n{markdown(lines(name, jobs, arguments))}\n"
     )
+    missing = [row for row in bench.table() if row not in jobs]
+    text += f"\nNot run: {', '.join(missing)}.\n" if missing else ""
     text += f"\n{bench.note}\n" if bench.note else ""
     if bench.without and not bench.online:
         text += "\nNot there: " + "; ".join(f"{k} ({why})" for k, why in bench.without.items()) + ".\n"
