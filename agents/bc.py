@@ -139,7 +139,8 @@ class BC(Agent):
         self.optimizer = self.new_optimizer()
         self.updates = 0
         self.samples = 0
-        self.right = self.asked = 0  # predictions before the update on them, since the last report
+        self.right: Tensor | int = 0
+        self.asked = 0  # predictions before the update on them, since the last report
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class BC(Agent):
         self.samples += len(batch.index)
         if "correct" in info:  # of the batch itself; rows that a method replays come after it
             correct = info["correct"]
-            self.right += int(correct[: len(batch.index)].sum())
+            self.right = self.right + correct[: len(batch.index)].sum()  # not read here: that would wait for the device
             self.asked += len(batch.index)
             info = {**info, "correct": correct.mean()}
         return info
@@ -219,7 +220,7 @@ class BC(Agent):
         update on it; ``online_count`` says how many they were."""
         report = {("accuracy" if k == "correct" else k): v.item() for k, v in info.items()}
         if self.asked:
-            report |= {"online_accuracy": self.right / self.asked, "online_count": float(self.asked)}
+            report |= {"online_accuracy": float(self.right) / self.asked, "online_count": float(self.asked)}
         self.right = self.asked = 0
         return report
 
@@ -241,7 +242,7 @@ class BC(Agent):
 
     def state_dict(self) -> dict[str, Any]:
         live = {"policy": dict(self.policy.state_dict()), "optimizer": self.optimizer.state_dict()}
-        counts = {"updates": self.updates, "samples": self.samples, "right": self.right, "asked": self.asked}
+        counts = {"updates": self.updates, "samples": self.samples, "right": int(self.right), "asked": self.asked}
         return {**copy.deepcopy(live), **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -161,12 +161,8 @@ class Resolved:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Changes with everything that changes the result."""
-        options = (
-            "agent_options",
-            "method_options",
-            "stream_options",
-            "schedule_options",
-        )  # agent_config and stream say it in full
+        # agent_config and stream say these in full
+        options = ("agent_options", "method_options", "stream_options", "schedule_options")
         plain = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in (*FREE, *options)}
         if self.config.eval_start:
             del plain["eval_start"]  # runs from before there was this option go on

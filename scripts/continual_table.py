@@ -211,9 +211,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         without={**CONTINUOUS, "EWC (empirical Fisher)": "the loss compares samples with each other"},
         note="The extra samples of these runs were counted in windows of 16 transitions, the agent's own in transitions: "
         "the shares are 16 times what is said. A joint model, replay and EWC must hold all layouts in one network, told "
-        "apart by two numbers, which so few updates do not teach; PackNet and eidetic networks have weights per task, as "
-        "the independent agents have. Most of the budget of `eidetic-pldm` goes into pruning; with more updates and the "
-        "default search it did better ([there](eidetic_world_model.md)).",
+        "apart by two numbers; PackNet and eidetic networks have weights per task, as the independent agents have. With "
+        "more updates and the default search `eidetic-pldm` did better ([there](eidetic_world_model.md)).",
     ),
     "minigrid": Benchmark(
         "Five MiniGrid tasks, online", "minigrid-5", "sb3-ppo", {"lr": 6e-4, "batch_size": 256, "ent_coef": 0.01},

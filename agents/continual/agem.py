@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from clbench.agents.continual.batches import rows
-from clbench.agents.continual.memory import Memory
+from clbench.agents.continual.memory import Memory, check_sizes
 from clbench.agents.continual.method import Learner, Method
 from clbench.contracts import TaskInfo
-from clbench.errors import ConfigError
 
 
 class AGEM(Method):
@@ -22,7 +21,7 @@ class AGEM(Method):
     The memory is a reservoir of each task, shared equally among them. It is filled while a task is learned, but only rows
     of *earlier* tasks constrain the step, as in the paper: those of the present one agree with the gradient anyway.
 
-    What is projected is the gradient that the optimiser would use, with the parts of methods listed before this one;
+    What is projected is the gradient that the optimiser would use, with the parts of all methods in the loss;
     ``g_ref`` is of the agent's own loss.
     """
 
@@ -43,10 +42,7 @@ class AGEM(Method):
         batch_size: int = 0
 
         def __post_init__(self) -> None:
-            if self.memory < 1 or self.batch_size < 0:
-                raise ConfigError(
-                    f"memory must be at least 1 and batch_size at least 0, got {self.memory}, {self.batch_size}."
-                )
+            check_sizes(self.memory, self.batch_size)
 
     def __init__(self, config: Config, learner: Learner, *, rng: torch.Generator):
         super().__init__(config, learner, rng=rng)

@@ -185,7 +185,7 @@ class Composed(Agent):
         if done == total or done + budget != total:  # not the rest of a phase that was interrupted
             done, total = 0, budget
         self._phase = (done, total)
-        self.learner.progress = done / total
+        self.learner.progress = done / max(total, 1)
         with contextlib.closing(self.agent.learn(experience, budget, rng=rng)) as learning:  # type: ignore[type-var]
             for count, metrics in enumerate(learning, start=1):
                 self._attach()
@@ -197,10 +197,8 @@ class Composed(Agent):
 
     def finish_task(self) -> None:
         self.agent.finish_task()
-        if self._phase != (
-            0,
-            0,
-        ):  # else nothing was learned since the task began, and there are no data to look back on
+        # else nothing was learned since the task began, and there are no data to look back on
+        if self._phase != (0, 0):
             for method in self.methods.values():
                 method.finish_task(self._batches())
         self._data = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clbench.agents.continual.batches import rows, take
-from clbench.agents.continual.memory import Memory
+from clbench.agents.continual.memory import Memory, check_sizes
 from clbench.agents.continual.method import Learner, Method
 from clbench.agents.networks.outputs import Output
 from clbench.errors import ConfigError
@@ -44,10 +44,7 @@ class DERpp(Method):
         beta: float = 0.5
 
         def __post_init__(self) -> None:
-            if self.memory < 1 or self.batch_size < 0:
-                raise ConfigError(
-                    f"memory must be at least 1 and batch_size at least 0, got {self.memory}, {self.batch_size}."
-                )
+            check_sizes(self.memory, self.batch_size)
             if not (self.alpha >= 0 and self.beta >= 0):
                 raise ConfigError(f"alpha and beta must be at least 0, got {self.alpha} and {self.beta}.")
 

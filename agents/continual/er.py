@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from clbench.agents.continual.batches import rows
-from clbench.agents.continual.memory import Balance, Memory
+from clbench.agents.continual.memory import Balance, Memory, check_sizes
 from clbench.agents.continual.method import Learner, Method
 from clbench.contracts import TaskInfo
-from clbench.errors import ConfigError
 
 
 class ER(Method):
@@ -37,10 +36,7 @@ class ER(Method):
         balance: Balance = "none"
 
         def __post_init__(self) -> None:
-            if self.memory < 1 or self.batch_size < 0:
-                raise ConfigError(
-                    f"memory must be at least 1 and batch_size at least 0, got {self.memory}, {self.batch_size}."
-                )
+            check_sizes(self.memory, self.batch_size)
 
     def __init__(self, config: Config, learner: Learner, *, rng: torch.Generator):
         super().__init__(config, learner, rng=rng)

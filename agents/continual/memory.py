@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 from clbench.agents.continual.batches import flatten, rows, take, unflatten
-from clbench.errors import ContractError
+from clbench.errors import ConfigError, ContractError
 
 Balance = Literal["none", "task"]
+
+
+def check_sizes(memory: int, batch_size: int) -> None:
+    """Raise :class:`ConfigError` for a memory without rows, or a negative number of rows to draw."""
+    if memory < 1 or batch_size < 0:
+        raise ConfigError(f"memory must be at least 1 and batch_size at least 0, got {memory}, {batch_size}.")
 
 
 class Memory:

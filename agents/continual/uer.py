@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clbench.agents.continual.batches import rows
-from clbench.agents.continual.memory import Memory
+from clbench.agents.continual.memory import Memory, check_sizes
 from clbench.agents.continual.method import Learner, Method
 from clbench.errors import ConfigError
 
@@ -48,10 +48,7 @@ class UER(Method):
         scale: float = 10.0
 
         def __post_init__(self) -> None:
-            if self.memory < 1 or self.batch_size < 0:
-                raise ConfigError(
-                    f"memory must be at least 1 and batch_size at least 0, got {self.memory}, {self.batch_size}."
-                )
+            check_sizes(self.memory, self.batch_size)
             if not self.scale > 0:
                 raise ConfigError(f"scale must be positive, got {self.scale}.")
 

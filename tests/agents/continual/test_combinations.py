@@ -142,3 +142,16 @@ def test_costs_of_fresh_agents_are_added_up(tmp_path: Any) -> None:
     ]
     # each of three fresh agents has nothing to replay in its first update
     assert cost[0]["extra_forward_samples"] == cost[1]["extra_forward_samples"] + 2 * 64
+
+
+@pytest.mark.parametrize("option", [{"compile": True}, {"updates_per_graph": 4}])
+def test_updates_that_would_go_past_the_methods_are_refused(lab: SimpleNamespace, option: Any) -> None:
+    from gymnasium.spaces import Box, Dict
+
+    from clbench.contracts import Spaces
+
+    point = Box(-1, 1, (2,))
+    spaces = Spaces(Dict(observation=point, achieved_goal=point, desired_goal=point), Box(-1, 1, (2,)))
+    with pytest.raises(ConfigError, match="cannot compile its loss or record its updates"):
+        lab.composed("gcbc", ["er"], spaces=spaces, agent=option)
+    lab.composed("gcbc", ["er"], spaces=spaces)
